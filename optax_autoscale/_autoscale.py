@@ -1,0 +1,261 @@
+"""Gradient autoscaled normalization (Yun 2025): the method, in one pass, and its two halves."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_autoscale._moments import (
+    AxisName,
+    LayerAxes,
+    Moments,
+    default_layer_axes,
+    map_layers,
+    pooled_moments,
+    tree_moments,
+)
+
+
+class AutoscaleState(NamedTuple):
+    """What :func:`autoscale` remembers, and what it measured at its latest step.
+
+    Only ``exponent`` acts on later steps. The other two are for looking at, with
+    ``optax.tree.get(opt_state, "scale_factor")``; after a step whose gradients hold a NaN they are
+    NaN, and right again after the next.
+    """
+
+    exponent: jax.Array  # p_t of later steps: 1 or 2, 0 while undecided; shape=(), dtype=int32
+    global_std: jax.Array  # s_t, 0 before the first step; shape=(), dtype=float32
+    scale_factor: jax.Array  # a_t, 1 before the first step; shape=(), dtype=float32
+
+
+def autoscale(
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    max_scale: jax.typing.ArrayLike | None = None,
+    layer_axes: LayerAxes = default_layer_axes,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Centres each weight gradient and scales all of them by one factor.
+
+    With :math:`G_t^{(l)}` the gradient of layer :math:`l` at step :math:`t`, :math:`\mu_t^{(l)}`
+    the mean of its entries, and :math:`S_t` the layers with more than one axis:
+
+    .. math::
+
+      s_t &= \mathrm{Std}\Big(\bigoplus_{l \in S_t} \mathrm{vec}(G_t^{(l)})\Big) \\
+      a_t &= \Big(\frac{4}{|\ln s_t| + \epsilon}\Big)^{p_t}, \qquad
+      p_1 = 2, \quad
+      p_{t \ge 2} = \begin{cases} 1 & \text{if } a_1 < 0.5 \\ 2 & \text{otherwise} \end{cases} \\
+      \hat G_t^{(l)} &= a_t \, (G_t^{(l)} - \mu_t^{(l)}) \quad \text{for } l \in S_t, \qquad
+      \hat G_t^{(l)} = G_t^{(l)} \quad \text{for } l \notin S_t.
+
+    Here ``eps`` is :math:`\epsilon`; the state's ``global_std``, ``scale_factor`` and ``exponent``
+    are :math:`s_t`, :math:`a_t` and the :math:`p_t` of the steps to come. The standard deviation is
+    unbiased (N - 1) and of the raw gradients, before centring.
+
+    Put it in front of the optimizer: ``optax.chain(autoscale(), optax.adamw(1e-3))``.
+
+    Four things follow from the equations. :math:`a_t` has a singularity at :math:`s_t = 1` and
+    exceeds 1 for :math:`e^{-4} < s_t < e^4`; ``max_scale=1.0`` keeps it in the range
+    :math:`(0, 1]` that the paper's convergence proof supposes. Behind Adam, which divides any
+    constant factor out, only the centring and the change of :math:`a_t` over time act. Under plain
+    SGD the mean of every eligible leaf never moves, since its gradient is centred. And where all
+    gradients are 0, :math:`s_t = 0` gives :math:`a_t = 0`: updates of 0, and no NaN.
+
+    A step whose :math:`s_t` is 0 or not finite says nothing about :math:`p`, and leaves it
+    undecided. NaN and infinite gradients come out as NaN; ``optax.apply_if_finite`` around the
+    chain skips such a step.
+
+    Args:
+      eps: added to the logarithm's magnitude; the paper's is 1e-8. It may be traced.
+      max_scale: the largest value that :math:`a_t` may take, or None, the paper's equation as it
+        stands. It may be traced.
+      layer_axes: ``layer_axes(path, leaf)`` gives the axes of a gradient leaf that form one layer's
+        tensor, or None where the leaf is not eligible. By default, all axes where there are more
+        than one. Where kernels of shape ``(L, n, m)`` stack the layers that ``jax.lax.scan`` goes
+        through, give ``(1, 2)`` for them, and None for their stacked biases ``(L, m)``.
+      axis_name: inside ``jax.shard_map``, the mesh axes over which the leaves themselves are
+        sharded, each layer's tensor over all its shards; without it each shard would take its own
+        part for the whole. Not needed under ``jax.jit``, where arrays are global, nor for axes over
+        which only the batch is sharded. With ``check_vma=True`` (the default), leaves that are
+        replicated over some of these axes count once; with ``check_vma=False`` all are taken to be
+        sharded over all of them.
+
+    Returns:
+      A transformation whose updates have the gradients' shapes and dtypes and whose state is an
+      :class:`AutoscaleState`. Statistics are computed in float32, or float64 where a leaf is; a
+      standard deviation below 1e-19 or above 1e19 leaves the range of float32 squares and reads 0
+      or infinity.
+
+    Raises:
+      TypeError: at an update with an integer or boolean leaf; the message names its path.
+      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_autoscale import autoscale
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.ones(2)}
+      >>> grads = {"kernel": jnp.array([[0.0, 1.0], [2.0, 1.0]]) / 64, "bias": jnp.ones(2)}
+      >>> tx = autoscale()
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> state.global_std, state.scale_factor, state.exponent
+      (Array(0.01275..., dtype=float32), Array(0.841..., dtype=float32), Array(2, dtype=int32))
+      >>> updates["kernel"]  # centred, and scaled by 0.841
+      Array([[-0.0131...,  0.        ],
+             [ 0.0131...,  0.        ]], dtype=float32)
+
+    References:
+      Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
+      <https://arxiv.org/abs/2509.03677>`_, 2025, equations 1 and 2
+    """
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AutoscaleState]:
+        del params, extra_args
+        moments = tree_moments(updates, layer_axes, axis_name)
+        scale, state = _next_scale(pooled_moments(moments), state, eps, max_scale)
+        updates = map_layers(
+            lambda grad, layer: scale.astype(grad.dtype) * (grad - layer.mean), updates, moments
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(_init_autoscale, update_fn)
+
+
+def scale_by_global_std(
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    max_scale: jax.typing.ArrayLike | None = None,
+    layer_axes: LayerAxes = default_layer_axes,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The scaling half of :func:`autoscale`, without the centring.
+
+    .. math:: \hat G_t^{(l)} = a_t \, G_t^{(l)} \quad \text{for } l \in S_t
+
+    ``optax.chain(scale_by_global_std(), center_layers())`` is :func:`autoscale` up to rounding. The
+    other order is another method: there s_t would be of the centred gradients.
+
+    Args:
+      eps: see :func:`autoscale`.
+      max_scale: see :func:`autoscale`.
+      layer_axes: see :func:`autoscale`.
+      axis_name: see :func:`autoscale`.
+
+    Returns:
+      A transformation whose updates have the gradients' shapes and dtypes and whose state is an
+      :class:`AutoscaleState`.
+
+    Raises:
+      TypeError: at an update with an integer or boolean leaf; the message names its path.
+      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_autoscale import scale_by_global_std
+      >>> grads = {"kernel": jnp.array([[0.01, 0.03], [0.05, 0.03]])}
+      >>> tx = scale_by_global_std()
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"]
+      Array([[0.0094..., 0.0283...],
+             [0.0472..., 0.0283...]], dtype=float32)
+
+    References:
+      Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
+      <https://arxiv.org/abs/2509.03677>`_, 2025, equation 1
+    """
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AutoscaleState]:
+        del params, extra_args
+        moments = tree_moments(updates, layer_axes, axis_name)
+        scale, state = _next_scale(pooled_moments(moments), state, eps, max_scale)
+        updates = map_layers(lambda grad, _: scale.astype(grad.dtype) * grad, updates, moments)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(_init_autoscale, update_fn)
+
+
+def center_layers(
+    *, layer_axes: LayerAxes = default_layer_axes, axis_name: AxisName = None
+) -> optax.GradientTransformation:
+    r"""The centring half of :func:`autoscale`: subtracts one scalar mean per layer.
+
+    .. math:: \tilde G_t^{(l)} = G_t^{(l)} - \mu_t^{(l)} \quad \text{for } l \in S_t
+
+    Under plain SGD the mean of every eligible leaf then never moves. For one mean per output
+    feature, see :func:`gradient_centralization`.
+
+    Args:
+      layer_axes: see :func:`autoscale`.
+      axis_name: see :func:`autoscale`.
+
+    Returns:
+      A transformation without state whose updates have the gradients' shapes and dtypes.
+
+    Raises:
+      TypeError: at an update with an integer or boolean leaf; the message names its path.
+      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_autoscale import center_layers
+      >>> grads = {"kernel": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "bias": jnp.ones(2)}
+      >>> tx = center_layers()
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"]
+      Array([[-2., -1.],
+             [ 0.,  3.]], dtype=float32)
+
+    References:
+      Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
+      <https://arxiv.org/abs/2509.03677>`_, 2025, section 3.2
+    """
+
+    def center(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        moments = tree_moments(updates, layer_axes, axis_name)
+        return map_layers(lambda grad, layer: grad - layer.mean, updates, moments)
+
+    return optax.stateless(center)
+
+
+def _init_autoscale(params: optax.Params) -> AutoscaleState:
+    del params
+    return AutoscaleState(
+        exponent=jnp.zeros([], jnp.int32),
+        global_std=jnp.zeros([], jnp.float32),
+        scale_factor=jnp.ones([], jnp.float32),
+    )
+
+
+def _next_scale(
+    eligible: Moments,
+    state: AutoscaleState,
+    eps: jax.typing.ArrayLike,
+    max_scale: jax.typing.ArrayLike | None,
+) -> tuple[jax.Array, AutoscaleState]:
+    """Equation 1: the factor for this step, and the state with the exponent for the next."""
+    std = eligible.std
+    ratio = 4.0 / (jnp.abs(jnp.log(std)) + jnp.asarray(eps, std.dtype))
+    scale = jnp.where(state.exponent == 1, ratio, jnp.square(ratio))
+
+    undecided = (state.exponent == 0) & (std > 0) & jnp.isfinite(std)
+    chosen = jnp.where(jnp.square(ratio) < 0.5, jnp.int32(1), jnp.int32(2))
+    exponent = jnp.where(undecided, chosen, state.exponent)
+
+    if max_scale is not None:
+        scale = jnp.minimum(scale, jnp.asarray(max_scale, scale.dtype))
+    if eligible.size == 0:
+        scale = jnp.ones_like(scale)
+    return scale, AutoscaleState(exponent, std.astype(jnp.float32), scale.astype(jnp.float32))

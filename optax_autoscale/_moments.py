@@ -1,0 +1,229 @@
+"""Sums over layers and over the whole tree, from which every mean and standard deviation is read.
+
+Each leaf gives one sum and one sum of squares per layer. Nothing is concatenated or raveled, and no
+second pass waits for the first, so that XLA merges the reductions of a sharded tree into one
+all-reduce.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LayerAxes = Callable[[jax.tree_util.KeyPath, Any], tuple[int, ...] | None]
+AxisName = str | Sequence[str] | None
+
+
+def default_layer_axes(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[int, ...] | None:
+    """The paper's eligible set (section 3.2): every leaf with more than one axis is one layer.
+
+    Args:
+      path: the leaf's key path; not looked at.
+      leaf: an array of any shape.
+
+    Returns:
+      All axes of ``leaf``, or None (not eligible) where it has fewer than two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> default_layer_axes((), jnp.ones((3, 3, 16, 32)))
+      (0, 1, 2, 3)
+      >>> default_layer_axes((), jnp.ones(32)) is None
+      True
+    """
+    del path
+    return tuple(range(jnp.ndim(leaf))) if jnp.ndim(leaf) > 1 else None
+
+
+class Moments(NamedTuple):
+    """The first two moments of each layer in one leaf, broadcastable against the leaf.
+
+    A leaf is one layer, or a stack of them: ``total`` and ``squares`` have its shape with ``axes``
+    reduced to 1. They are float32, or wider where the leaf is.
+    """
+
+    axes: tuple[int, ...]  # the axes of the leaf that form one layer
+    size: int  # entries in one layer
+    total: jax.Array  # sum of a layer's entries
+    squares: jax.Array  # sum of their squared magnitudes
+
+    @property
+    def mean(self) -> jax.Array:
+        """The mean of each layer."""
+        return self.total / float(max(self.size, 1))
+
+    @property
+    def std(self) -> jax.Array:
+        """The unbiased standard deviation of each layer; 0 for fewer than two entries."""
+        mean_square = jnp.square(jnp.abs(self.total)) / float(max(self.size, 1))
+        variance = (self.squares - mean_square) / float(max(self.size - 1, 1))
+        return jnp.sqrt(jnp.maximum(variance, 0.0))
+
+
+def tree_moments(tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None) -> Any:
+    """The tree with each eligible leaf replaced by its ``Moments``, and every other one by None."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    moments = [_leaf_moments(path, leaf, layer_axes) for path, leaf in flat]
+    if axis_name is not None:
+        mesh_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        moments = _sum_over_mesh(moments, [leaf for _, leaf in flat], mesh_axes)
+    return treedef.unflatten(moments)
+
+
+def pooled_moments(moments: Any) -> Moments:
+    """The moments of all eligible entries of a tree, taken together as one layer."""
+    leaves = jax.tree.leaves(moments, is_leaf=lambda node: isinstance(node, Moments))
+    return Moments(
+        axes=(),
+        size=sum(leaf.size * leaf.total.size for leaf in leaves),
+        total=_sum_all([leaf.total for leaf in leaves]),
+        squares=_sum_all([leaf.squares for leaf in leaves]),
+    )
+
+
+def map_layers(update: Callable[[jax.Array, Moments], jax.Array], grads: Any, moments: Any) -> Any:
+    """Applies ``update`` to each eligible leaf, in the precision of its moments.
+
+    Every output leaf has its input's dtype; leaves without moments pass through as they are.
+    """
+
+    def update_leaf(grad: Any, layer: Moments | None) -> Any:
+        if layer is None:
+            return grad
+        wide = jnp.asarray(grad, layer.total.dtype)
+        return update(wide, layer).astype(jnp.result_type(grad))
+
+    return jax.tree.map(update_leaf, grads, moments)
+
+
+def global_std(
+    grads: Any, *, layer_axes: LayerAxes = default_layer_axes, axis_name: AxisName = None
+) -> jax.Array:
+    r"""The standard deviation of all eligible gradient entries together, s_t of the paper.
+
+    .. math:: s_t = \mathrm{Std}\Big(\bigoplus_{l \in S_t} \mathrm{vec}(G_t^{(l)})\Big)
+
+    unbiased (N - 1), of the gradients as they come, before any centring.
+
+    Args:
+      grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
+      layer_axes: see :func:`autoscale`.
+      axis_name: see :func:`autoscale`.
+
+    Returns:
+      An array of shape ``()``; float32, or float64 where a leaf is. 0 where fewer than two entries
+      are eligible.
+
+    Raises:
+      TypeError: for an integer or boolean leaf; the message names its path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(global_std({"kernel": jnp.array([[1., 2.], [3., 6.]]), "bias": jnp.ones(2)}))
+      2.160...
+
+    References:
+      Yun, `Gradient Autoscaled Normalization <https://arxiv.org/abs/2509.03677>`_, 2025, section
+      3.2, "Eligible set".
+    """
+    return pooled_moments(tree_moments(grads, layer_axes, axis_name)).std
+
+
+def layer_std(
+    grads: Any, *, layer_axes: LayerAxes = default_layer_axes, axis_name: AxisName = None
+) -> Any:
+    """The standard deviation of each eligible leaf's entries, as in the paper's Figure 1.
+
+    To follow it during training, put it into the chain in front of the transformations:
+    ``optax.snapshot("layer_std", layer_std)``, and read ``optax.tree.get(state, "layer_std")``.
+
+    Args:
+      grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
+      layer_axes: see :func:`autoscale`.
+      axis_name: see :func:`autoscale`.
+
+    Returns:
+      The tree with each eligible leaf replaced by its unbiased standard deviation, and every other
+      leaf by None. An array of shape ``()``, or, where one leaf stacks several layers, of the shape
+      of the axes that ``layer_axes`` leaves out; float32, or float64 where the leaf is.
+
+    Raises:
+      TypeError: for an integer or boolean leaf; the message names its path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layer_std({"kernel": jnp.array([[1., 2.], [3., 6.]]), "bias": jnp.ones(2)})
+      {'bias': None, 'kernel': Array(2.1602..., dtype=float32)}
+
+    References:
+      Yun, `Gradient Autoscaled Normalization <https://arxiv.org/abs/2509.03677>`_, 2025, section
+      2.1 and Figure 1.
+    """
+    moments = tree_moments(grads, layer_axes, axis_name)
+    return jax.tree.map(
+        lambda leaf: jnp.squeeze(leaf.std, leaf.axes),
+        moments,
+        is_leaf=lambda node: isinstance(node, Moments),
+    )
+
+
+def _leaf_moments(path: jax.tree_util.KeyPath, leaf: Any, layer_axes: LayerAxes) -> Moments | None:
+    dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"the gradient at {jax.tree_util.keystr(path)} is {dtype}, and only floating-point "
+            "gradients have a standard deviation; leave it out with optax.masked or optax.partition"
+        )
+    axes = layer_axes(path, leaf)
+    if axes is None:
+        return None
+    in_range = [axis % len(shape) for axis in axes if -len(shape) <= axis < len(shape)]
+    if len(set(in_range)) < len(axes):
+        raise ValueError(
+            f"layer_axes gave {axes} for the gradient at {jax.tree_util.keystr(path)} of shape "
+            f"{shape}; it must give distinct axes of that array, or None"
+        )
+    wide = jnp.asarray(leaf, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+    return Moments(
+        axes,
+        math.prod(shape[axis] for axis in axes),
+        jnp.sum(wide, axes, keepdims=True),
+        jnp.sum(jnp.real(wide * jnp.conj(wide)), axes, keepdims=True),
+    )
+
+
+def _sum_over_mesh(
+    moments: list[Moments | None], leaves: list[Any], mesh_axes: tuple[str, ...]
+) -> list[Moments | None]:
+    """Adds up the moments of leaves that are sharded over ``mesh_axes`` of ``jax.shard_map``."""
+    # Where shard_map tracks over which axes a value varies (check_vma, the default), a leaf that is
+    # replicated over one of them must be counted once there.
+    tracked = [axis for axis in mesh_axes if axis in _varying_axes(jax.lax.axis_index(axis))]
+    groups: dict[tuple[str, ...], dict[int, Moments]] = {}
+    for index, (leaf, layer) in enumerate(zip(leaves, moments, strict=True)):
+        if layer is not None:
+            varying = _varying_axes(leaf)
+            axes = tuple(axis for axis in mesh_axes if axis not in tracked or axis in varying)
+            groups.setdefault(axes, {})[index] = layer
+    for axes, group in groups.items():
+        if axes:
+            shards = jax.lax.axis_size(axes)
+            sums = jax.lax.psum([(layer.total, layer.squares) for layer in group.values()], axes)
+            for (index, layer), (total, squares) in zip(group.items(), sums, strict=True):
+                moments[index] = Moments(layer.axes, layer.size * shards, total, squares)
+    return moments
+
+
+def _varying_axes(value: Any) -> frozenset[str]:
+    aval = jax.typeof(value)
+    return aval.vma if hasattr(aval, "vma") else aval.mat.varying  # renamed in jax 0.11
+
+
+def _sum_all(values: list[jax.Array]) -> jax.Array:
+    if not values:
+        return jnp.zeros([], jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(value.dtype for value in values))
+    return jnp.sum(jnp.stack([jnp.sum(value).astype(dtype) for value in values]))

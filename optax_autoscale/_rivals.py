@@ -1,0 +1,160 @@
+"""The methods that the paper's Table 1 compares with, each as an Optax transformation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_autoscale._autoscale import center_layers
+from optax_autoscale._moments import (
+    AxisName,
+    LayerAxes,
+    Moments,
+    default_layer_axes,
+    map_layers,
+    pooled_moments,
+    tree_moments,
+)
+
+
+def gradient_centralization() -> optax.GradientTransformation:
+    r"""Gradient Centralization (Yong 2020): one mean per output feature is subtracted.
+
+    .. math:: \hat G_{\cdot j} = G_{\cdot j} - \mathrm{mean}(G_{\cdot j})
+
+    where :math:`j` is the last axis, the output features of Flax, Haiku and Keras kernels
+    ``(..., in, out)``, and the mean is over all other axes. Leaves with fewer than two axes pass
+    through. ``optax.centralize`` keeps the first axis instead, and so, on these kernels, centres
+    each row of the filter window.
+
+    Returns:
+      A transformation without state whose updates have the gradients' shapes and dtypes.
+
+    Raises:
+      TypeError: at an update with an integer or boolean leaf; the message names its path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_autoscale import gradient_centralization
+      >>> grads = {"kernel": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "bias": jnp.ones(2)}
+      >>> tx = gradient_centralization()
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"]
+      Array([[-1., -2.],
+             [ 1.,  2.]], dtype=float32)
+
+    References:
+      Yong et al., `Gradient Centralization: A New Optimization Technique for Deep Neural Networks
+      <https://arxiv.org/abs/2004.01461>`_, 2020
+    """
+
+    def all_but_last(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[int, ...] | None:
+        axes = default_layer_axes(path, leaf)
+        return None if axes is None else axes[:-1]
+
+    return center_layers(layer_axes=all_but_last)
+
+
+def gradient_normalization(
+    alpha: jax.typing.ArrayLike = 1.0, *, axis_name: AxisName = None
+) -> optax.GradientTransformation:
+    r"""Gradient Normalization: all gradients are divided by their global norm.
+
+    .. math:: \hat g = \alpha \, \frac{g}{\lVert g \rVert}
+
+    with the norm over all leaves, biases included; gradients that are all 0 stay 0. This is the
+    rule that appendix A of the paper quotes for GradNorm. GradNorm itself balances several tasks'
+    losses against each other; with the single task of image classification it is the identity.
+
+    Args:
+      alpha: the norm of the updates. It may be traced.
+      axis_name: inside ``jax.shard_map``, the mesh axes over which the leaves themselves are
+        sharded; see :func:`autoscale`.
+
+    Returns:
+      A transformation without state whose updates have the gradients' shapes and dtypes.
+
+    Raises:
+      TypeError: at an update with an integer or boolean leaf; the message names its path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_autoscale import gradient_normalization
+      >>> grads = {"kernel": jnp.array([[0.0, 3.0]]), "bias": jnp.array([4.0])}
+      >>> tx = gradient_normalization()
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"], updates["bias"]
+      (Array([[0. , 0.6]], dtype=float32), Array([0.8], dtype=float32))
+
+    References:
+      Chen et al., `GradNorm <https://arxiv.org/abs/1711.02257>`_, 2018; Yun, `Gradient Autoscaled
+      Normalization <https://arxiv.org/abs/2509.03677>`_, 2025, appendix A
+    """
+
+    def every_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[int, ...]:
+        del path
+        return tuple(range(jnp.ndim(leaf)))
+
+    def normalize(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        moments = tree_moments(updates, every_leaf, axis_name)
+        norm = jnp.sqrt(pooled_moments(moments).squares)
+        scale = jnp.where(norm == 0, 0.0, jnp.asarray(alpha, norm.dtype) / norm)
+        return map_layers(lambda grad, _: scale.astype(grad.dtype) * grad, updates, moments)
+
+    return optax.stateless(normalize)
+
+
+def zscore_normalization(
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    layer_axes: LayerAxes = default_layer_axes,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformation:
+    r"""Z-Score Gradient Normalization (ZNorm): each layer's gradient to mean 0 and deviation 1.
+
+    .. math::
+
+      \hat G^{(l)} = \frac{G^{(l)} - \mu^{(l)}}{\sigma^{(l)} + \epsilon}
+      \quad \text{for } l \in S_t
+
+    with the unbiased standard deviation of the layer's entries. Ineligible leaves pass through.
+
+    Args:
+      eps: added to the standard deviation. It may be traced.
+      layer_axes: see :func:`autoscale`.
+      axis_name: see :func:`autoscale`.
+
+    Returns:
+      A transformation without state whose updates have the gradients' shapes and dtypes.
+
+    Raises:
+      TypeError: at an update with an integer or boolean leaf; the message names its path.
+      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_autoscale import zscore_normalization
+      >>> grads = {"kernel": jnp.array([[1.0, 2.0], [3.0, 6.0]]), "bias": jnp.ones(2)}
+      >>> tx = zscore_normalization()
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"]
+      Array([[-0.9258..., -0.4629...],
+             [ 0.       ,  1.3887...]], dtype=float32)
+
+    References:
+      Yun, `ZNorm: Z-Score Gradient Normalization <https://arxiv.org/abs/2408.01215>`_, 2024
+    """
+
+    def normalize(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params
+        moments = tree_moments(updates, layer_axes, axis_name)
+
+        def standardize(grad: jax.Array, layer: Moments) -> jax.Array:
+            std = layer.std + jnp.asarray(eps, layer.std.dtype)
+            return (grad - layer.mean) / std.astype(grad.dtype)
+
+        return map_layers(standardize, updates, moments)
+
+    return optax.stateless(normalize)
