@@ -1,0 +1,48 @@
+"""The README's snippets run, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import optax
+import pytest
+
+import optax_autoscale
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_python_snippets_run(index):
+    exec(compile(blocks("python")[index], f"README.md, snippet {index}", "exec"), {})
+
+
+def test_the_diff_is_a_working_change():
+    (diff,) = blocks("diff")
+    for sign in "-+":
+        lines = [line[1:] for line in diff.splitlines() if line.startswith(sign)]
+        namespace = {"optax": optax}
+        exec("\n".join(lines), namespace)
+        assert isinstance(namespace["tx"], optax.GradientTransformation)
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
+    assert len(targets) >= 3
+    for target in targets:
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_library_is_mentioned_completely():
+    for name in set(optax_autoscale.__all__) - {"AutoscaleState", "default_layer_axes"}:
+        assert name in README, name
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,195 @@
+"""Whole runs of `train.py`, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+import train
+from training import data
+from training.augmentation import normalize
+from training.config import Config
+from training.optimizers import METHODS
+from training.run_folder import load_model, read_records
+
+ROOT = Path(train.__file__).parent
+FIELDS = [
+    "epoch", "step", "train_loss", "test_loss", "test_accuracy", "learning_rate", "global_std",
+    "scale_factor", "exponent", "layer_std", "images_per_second", "seconds",
+]  # fmt: skip
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "train.py", *args],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Config, str]:
+    """A short run of the real thing, by hand of the command line, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--out", str(out)]
+    done = command(*args)
+    assert (done.returncode, done.stderr) == (0, "")
+    return Config(epochs=2, seed=3, train_size=300, out=out), done.stdout
+
+
+def test_metrics(run):
+    config, _ = run
+    records = read_records(config.folder)
+    assert [list(record) for record in records] == [FIELDS] * 2
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8)]
+    for record in records:
+        assert np.isfinite(list(record["layer_std"].values())).all()
+        assert len(record["layer_std"]) == 20
+        assert record["exponent"] in (1, 2)
+        assert record["learning_rate"] == pytest.approx(1e-3)
+        assert record["images_per_second"] * record["seconds"] > 4 * 64
+    assert records[1]["train_loss"] < records[0]["train_loss"]
+
+
+def test_config_repeats_the_run(run):
+    config, _ = run
+    saved = json.loads((config.folder / "config.json").read_text())
+    assert saved["config"]["train_size"] == 300
+    assert f"--out {config.out}" in saved["command"]
+    assert saved["versions"]["jax"] == jax.__version__
+    assert {"python", "jaxlib", "flax", "optax", "optax-autoscale"} <= set(saved["versions"])
+    assert saved["device"] == "cpu"
+    assert "commit" in saved
+
+
+def test_the_saved_model_has_the_recorded_accuracy(run):
+    config, _ = run
+    digits = data.load("digits")
+    logits = load_model(config.folder)(
+        normalize(jnp.asarray(digits.test_images), digits.mean, digits.std)
+    )
+    accuracy = np.mean(np.argmax(logits, axis=1) == digits.test_labels)
+    assert accuracy == pytest.approx(read_records(config.folder)[-1]["test_accuracy"])
+
+
+def test_pictures_can_be_opened(run):
+    config, _ = run
+    for name in ("curves.png", "gradients.png"):
+        with Image.open(config.folder / name) as image:
+            assert min(image.size) > 300
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_tensorboard_has_the_records(run):
+    config, _ = run
+    (file,) = (config.folder / "tensorboard").iterdir()
+    scalars = {}
+    for event in read_events(file):
+        for value in event.summary.value:
+            scalars[value.tag, event.step] = value.simple_value
+    for record in read_records(config.folder):
+        epoch = record["epoch"]
+        assert scalars["test/accuracy", epoch] == pytest.approx(record["test_accuracy"])
+        assert scalars["gradients/scale_factor", epoch] == pytest.approx(record["scale_factor"])
+        for layer, std in record["layer_std"].items():
+            assert scalars[f"layer_std/{layer}", epoch] == pytest.approx(std)
+
+
+def read_events(file: Path) -> list[Event]:
+    """The events of a TensorBoard file: length, its checksum, the message, its checksum."""
+    content, events = file.read_bytes(), []
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_what_is_printed(run):
+    config, printed = run
+    lines = printed.splitlines()
+    assert lines[0] == f"{config.out}: cpu, compiling ..."
+    for line, record in zip(lines[2:4], read_records(config.folder), strict=True):
+        assert f"{record['test_accuracy']:.2%}" in line
+        assert f"{record['train_loss']:.4f}" in line
+
+
+def test_a_second_run_into_the_same_folder_touches_nothing(run):
+    config, _ = run
+    before = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")}
+    done = command("--out", str(config.out))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"train.py: {config.out} exists already and is left as it is; "
+        "give another folder with --out, or remove it\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")} == before
+
+
+def nan_at(step: int) -> optax.GradientTransformation:
+    """A faulty method: NaN at one step."""
+
+    def update(updates, state, params=None):
+        factor = jnp.where(state == step - 1, jnp.nan, 1.0)
+        return optax.tree.scale(factor, updates), state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (3, "step 4: the training loss is nan and the gradients' standard deviation is nan"),
+        (4, "after step 4: the test loss is nan"),
+    ],
+)
+def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
+    step, message, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "clip", lambda: nan_at(step))
+    config = Config(method="clip", epochs=2, train_size=128, out=tmp_path / "nan")
+    with pytest.raises(train.NotFinite, match=f"^{message}"):
+        train.train(config)
+    assert [record["epoch"] for record in read_records(config.folder)] == [1]
+    for name in ("config.json", "curves.png", "gradients.png"):
+        assert (config.folder / name).stat().st_size > 0
+
+
+def test_nan_ends_the_command_with_an_error(tmp_path):
+    done = command(
+        *("--optimizer", "sgd", "--method", "adamw", "--learning-rate", "1e30"),
+        *("--train-size", "128", "--out", str(tmp_path / "run")),
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("train.py: step 2: the training loss is")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch-size", "2000"], "--batch-size is 2000, more than the 1437 training images"),
+        (["--train-size", "3"], "a training subset of 3 images is not possible"),
+        (["--learning-rate", "nan"], "--learning-rate is nan; it must be finite and at least 0"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, tmp_path):
+    done = command(*args, "--out", str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"train.py: {message}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,38 @@
+"""The gradient methods by name, and the optimizer behind them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import optax
+
+import optax_autoscale
+from training.config import Config
+
+METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": optax.identity,
+    "autoscale": optax_autoscale.autoscale,
+    "gradient_centralization": optax_autoscale.gradient_centralization,
+    "gradient_normalization": optax_autoscale.gradient_normalization,
+    "zscore": optax_autoscale.zscore_normalization,
+    "clip": partial(optax.clip_by_global_norm, 1.0),
+}
+
+
+def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """The paper's step decay, from steps to learning rates: times 0.75 every 30 epochs."""
+    return optax.exponential_decay(
+        config.learning_rate, transition_steps=30 * steps_per_epoch, decay_rate=0.75, staircase=True
+    )
+
+
+def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The method's transformation, chained before the optimizer."""
+    learning_rate = learning_rate_schedule(config, steps_per_epoch)
+    method = METHODS[config.method]()
+    if config.optimizer == "adamw":
+        return optax.chain(method, optax.adamw(learning_rate, weight_decay=config.weight_decay))
+    return optax.chain(
+        method,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(learning_rate, momentum=0.9),
+    )

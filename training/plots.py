@@ -1,0 +1,98 @@
+"""The pictures of a run: how it learned, and what its gradients did."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from training.record import Record
+
+STYLE: Any = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by the colour-blind
+
+
+def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
+    """Draws the loss and the test accuracy over epochs."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        _plot(loss_axes, records, [record["train_loss"] for record in records], ORANGE, "training")
+        _plot(loss_axes, records, [record["test_loss"] for record in records], BLUE, "test")
+        loss_axes.set(title="Loss", ylim=(0, None))
+        loss_axes.legend()
+        accuracy = [100 * record["test_accuracy"] for record in records]
+        _plot(accuracy_axes, records, accuracy, BLUE)
+        accuracy_axes.set_title(f"Test accuracy, at the end {accuracy[-1]:.1f} %")
+        _finish(figure, title, path)
+
+
+def plot_gradients(records: Sequence[Record], title: str, path: Path) -> None:
+    """Draws the standard deviation of each layer's gradient, the global one, and the scale factor.
+
+    As in the paper's Figures 1 and 2.
+    """
+    scaled = records[-1]["scale_factor"] is not None
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11 if scaled else 8, 3.2), layout="constrained")
+        layer_axes, global_axes, *scale_axes = figure.subplots(1, 3 if scaled else 2)
+
+        layers = list(records[-1]["layer_std"])
+        colors = mpl.colormaps["viridis"].resampled(len(layers))
+        for depth, layer in enumerate(layers):
+            values = [record["layer_std"][layer] for record in records]
+            _plot(layer_axes, records, values, colors(depth), markers=len(records) == 1)
+        layer_axes.set(title="Layer-wise gradient std", yscale="log")
+        norm = BoundaryNorm(np.arange(0.5, len(layers) + 1), len(layers))
+        figure.colorbar(
+            ScalarMappable(norm, colors),
+            ax=layer_axes,
+            label="layer, from input to output",
+            ticks=MaxNLocator(8, integer=True),
+        )
+
+        _plot(global_axes, records, [record["global_std"] for record in records], BLUE)
+        global_axes.set(title="Global gradient std $s_t$", yscale="log")
+        if scaled:
+            _plot(scale_axes[0], records, [record["scale_factor"] for record in records], ORANGE)
+            scale_axes[0].set_title(f"Scale factor $a_t$, exponent {records[-1]['exponent']}")
+        _finish(figure, title, path)
+
+
+def _plot(
+    axes: Axes,
+    records: Sequence[Record],
+    values: Sequence[Any],
+    color: Any,
+    label: str = "",
+    *,
+    markers: bool | None = None,
+) -> None:
+    epochs = [record["epoch"] for record in records]
+    if markers is None:
+        markers = len(epochs) < 30
+    marker = "o" if markers else ""
+    axes.plot(epochs, values, color=color, label=label, marker=marker, markersize=3, linewidth=1.2)
+
+
+def _finish(figure: Figure, title: str, path: Path) -> None:
+    figure.suptitle(title, fontweight="bold")
+    for axes in figure.axes:
+        if axes.get_title():
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path)

@@ -1,0 +1,171 @@
+"""The state of a run, and the compiled functions that act on it; data stay on the device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from optax_autoscale import global_std, layer_std
+from training.augmentation import cutmix, normalize, random_crop, random_flip
+from training.config import Config
+from training.data import Dataset
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step."""
+
+    step: jax.Array  # steps taken; shape=(), dtype=int32
+    params: nnx.State
+    batch_stats: nnx.State
+    opt_state: optax.OptState
+    totals: dict[str, Any]  # the epoch's sums so far of what `measure` gives
+
+
+def init_state(model: nnx.Module, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    opt_state = tx.init(params)
+    totals = jax.tree.map(jnp.zeros_like, measure(jnp.float32(0), params, opt_state))
+    return TrainState(jnp.int32(0), params, batch_stats, opt_state, totals)
+
+
+def measure(loss: jax.Array, grads: nnx.State, opt_state: optax.OptState) -> dict[str, Any]:
+    """What is recorded of each step; all of the gradients as they come, before the method."""
+    return {
+        "train_loss": loss,
+        "global_std": global_std(grads),
+        "layer_std": layer_std(grads),
+        "scale_factor": optax.tree.get(opt_state, "scale_factor", None),
+    }
+
+
+def epoch_means(state: TrainState, model: nnx.Module, steps: int) -> dict[str, Any]:
+    """The means over an epoch's steps of what `measure` gives, and the exponent at its end.
+
+    Args:
+      state: the state after the epoch's last step.
+      model: its attributes, in the order of their definition, give the order of the layers.
+      steps: the number of steps in the epoch.
+
+    Returns:
+      Python numbers, None where the method has no such thing; `layer_std` is a dictionary from
+      paths such as `"stem/conv/kernel"`, from the network's input to its output.
+    """
+    totals, exponent = jax.device_get(
+        (state.totals, optax.tree.get(state.opt_state, "exponent", None))
+    )
+    layers, _ = jax.tree_util.tree_flatten_with_path(totals.pop("layer_std"))
+    paths = {tuple(key.key for key in path if hasattr(key, "key")): std for path, std in layers}
+    top_level = list(vars(model))
+    ordered = sorted(paths, key=lambda path: (top_level.index(path[0]), *path[1:]))
+    return {
+        **{name: None if total is None else float(total) / steps for name, total in totals.items()},
+        "exponent": None if exponent is None else int(exponent),
+        "layer_std": {"/".join(map(str, path)): float(paths[path]) / steps for path in ordered},
+    }
+
+
+def make_epoch_order(config: Config, num_images: int) -> Callable[[int], jax.Array]:
+    """A function from the epoch to a permutation of the training images, shape `(num_images,)`."""
+
+    @jax.jit
+    def epoch_order(epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(config.seed), epoch)
+        return jax.random.permutation(key, num_images)
+
+    return lambda epoch: epoch_order(jnp.int32(epoch))
+
+
+def make_train_step(
+    model: nnx.Module, tx: optax.GradientTransformation, config: Config, data: Dataset
+) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
+    """Builds the training step.
+
+    Args:
+      model: its structure is used, in training mode; its parameters are those of the state.
+      tx: the method and the optimizer.
+      config: the recipe.
+      data: its constants are used.
+
+    Returns:
+      A function of the state, all training images and labels and the epoch's order, that returns
+      the next state, and the step's loss and global gradient standard deviation. The batch is the
+      one of that order that the state's step is at.
+    """
+    model.train()
+    graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    num_images, image_size = len(data.train_labels), data.train_images.shape[1]
+    steps_per_epoch = num_images // config.batch_size
+    padding = image_size // 8
+
+    def augmented_batch(
+        step: jax.Array, images: jax.Array, labels: jax.Array, order: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # Another stream than that of the epochs' orders.
+        stream = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+        crop_key, flip_key, mix_key = jax.random.split(jax.random.fold_in(stream, step), 3)
+        start = step % steps_per_epoch * config.batch_size
+        chosen = jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)
+        x = random_crop(crop_key, images[chosen], padding)
+        if config.dataset != "digits":  # a mirrored digit is none
+            x = random_flip(flip_key, x)
+        y = jax.nn.one_hot(labels[chosen], data.num_classes)
+        y = optax.smooth_labels(y, config.label_smoothing)
+        x = normalize(x, data.mean, data.std)
+        return cutmix(mix_key, x, y, config.cutmix_probability)
+
+    def train_step(
+        state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
+    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+        x, y = augmented_batch(state.step, images, labels, order)
+
+        def loss_fn(params: nnx.State) -> tuple[jax.Array, nnx.State]:
+            network = nnx.merge(graph, params, state.batch_stats, copy=True)
+            loss = optax.softmax_cross_entropy(network(x), y).mean()
+            return loss, nnx.state(network, nnx.BatchStat)
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = cast(nnx.State, optax.apply_updates(state.params, updates))
+
+        measured = measure(loss, grads, opt_state)
+        first = state.step % steps_per_epoch == 0
+        totals = jax.tree.map(
+            lambda total, value: jnp.where(first, 0, total) + value, state.totals, measured
+        )
+        state = TrainState(state.step + 1, params, batch_stats, opt_state, totals)
+        return state, (loss, measured["global_std"])
+
+    return train_step
+
+
+def make_eval_step(
+    model: nnx.Module, data: Dataset, batch_size: int
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Builds the evaluation of one batch of test images, the last of which may be partial.
+
+    Returns:
+      A function of the state, all test images and labels, and the index of the batch's first image;
+      it returns the sum of the losses (cross-entropy) and the number of correct answers.
+    """
+    model.eval()
+    graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    num_images = len(data.test_labels)
+
+    def eval_step(
+        state: TrainState, images: jax.Array, labels: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        network = nnx.merge(graph, state.params, state.batch_stats, copy=True)
+        index = start + jnp.arange(batch_size)
+        within = index < num_images
+        x = normalize(images.at[index].get(mode="clip"), data.mean, data.std)
+        y = labels.at[index].get(mode="clip")
+        logits = network(x)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        correct = jnp.argmax(logits, axis=-1) == y
+        return jnp.sum(losses, where=within), jnp.sum(correct, where=within)
+
+    return eval_step
