@@ -16,7 +16,7 @@ train: $(INSTALLED)
 	$(BIN)/python train.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

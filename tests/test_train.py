@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import train
+from models import MODELS, resnet8
 from training import data
 from training.augmentation import normalize
 from training.config import Config
@@ -161,22 +163,15 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
     step, message, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(METHODS, "clip", lambda: nan_at(step))
-    config = Config(method="clip", epochs=2, train_size=128, out=tmp_path / "nan")
-    with pytest.raises(train.NotFinite, match=f"^{message}"):
-        train.train(config)
-    assert [record["epoch"] for record in read_records(config.folder)] == [1]
+    monkeypatch.setitem(MODELS, "resnet20", partial(resnet8, widths=(4, 8)))
+    out = tmp_path / "nan"
+    args = ["--method", "clip", "--epochs", "2", "--train-size", "128", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(SystemExit, match=f"^train.py: {message}"):
+        train.main()
+    assert [record["epoch"] for record in read_records(out)] == [1]
     for name in ("config.json", "curves.png", "gradients.png"):
-        assert (config.folder / name).stat().st_size > 0
-
-
-def test_nan_ends_the_command_with_an_error(tmp_path):
-    done = command(
-        *("--optimizer", "sgd", "--method", "adamw", "--learning-rate", "1e30"),
-        *("--train-size", "128", "--out", str(tmp_path / "run")),
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("train.py: step 2: the training loss is")
-    assert done.stderr.count("\n") == 1
+        assert (out / name).stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -187,9 +182,9 @@ def test_nan_ends_the_command_with_an_error(tmp_path):
         (["--learning-rate", "nan"], "--learning-rate is nan; it must be finite and at least 0"),
     ],
 )
-def test_bad_input_is_one_line(args, message, tmp_path):
-    done = command(*args, "--out", str(tmp_path / "run"))
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"train.py: {message}")
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=f"^train.py: {message}") as error:
+        train.main()
+    assert "\n" not in str(error.value.code)
     assert not (tmp_path / "run").exists()

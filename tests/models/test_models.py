@@ -13,14 +13,13 @@ import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from models import MODELS, VGG, ResNet, resnet20, vgg_tiny
+from models import MODELS, VGG, ResNet, resnet8, resnet20, vgg_tiny
 
 Model = ResNet | VGG
 
-# Between them: an odd number of new channels, a stage that keeps the width, several blocks.
 TINY = {
-    "identity": partial(ResNet, blocks=1, widths=(4, 7, 7)),
-    "projection": partial(ResNet, blocks=2, widths=(4, 8), shortcut="projection"),
+    "identity": partial(resnet8, widths=(4, 7, 7)),  # an odd number of new channels, and none
+    "projection": partial(resnet8, widths=(4, 8), shortcut="projection"),
     "vgg": vgg_tiny,
 }
 tiny = pytest.mark.parametrize("build", TINY.values(), ids=TINY)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,7 @@ NUM_TRAIN, NUM_TEST = 70, 23
 STEPS = NUM_TRAIN // CONFIG.batch_size
 
 
-@pytest.fixture(scope="module")
-def data() -> Dataset:
+def make_data() -> Dataset:
     rng = np.random.default_rng(0)
 
     def split(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,22 +31,31 @@ def data() -> Dataset:
     return Dataset(*split(NUM_TRAIN), *split(NUM_TEST), num_classes=3, mean=(0.4,), std=(0.25,))
 
 
+DATA = make_data()
+
+
 def make_model(config: Config = CONFIG) -> nnx.Module:
     return resnet8(
         widths=(4, 8), num_classes=3, channels=1, dtype=config.precision, rngs=nnx.Rngs(config.seed)
     )
 
 
-def run(data: Dataset, config: Config = CONFIG, epochs: int = 1):
-    """The state after some epochs, and what each step returned."""
+@functools.cache
+def compiled(config: Config):
+    """The state before the first step, and the compiled step."""
     model, tx = make_model(config), make_optimizer(config, STEPS)
-    state = steps.init_state(model, tx)
+    return steps.init_state(model, tx), jax.jit(steps.make_train_step(model, tx, config, DATA))
+
+
+@functools.cache
+def run(config: Config = CONFIG, epochs: int = 1):
+    """The state after some epochs, and what each step returned."""
+    state, train_step = compiled(config)
     order = steps.make_epoch_order(config, NUM_TRAIN)
-    train_step = jax.jit(steps.make_train_step(model, tx, config, data))
     history = []
     for epoch in range(1, epochs + 1):
         for _ in range(STEPS):
-            state, measured = train_step(state, data.train_images, data.train_labels, order(epoch))
+            state, measured = train_step(state, DATA.train_images, DATA.train_labels, order(epoch))
             history.append(tuple(map(float, measured)))
     return state, np.array(history)
 
@@ -61,8 +70,8 @@ def test_epochs_are_permutations_keyed_by_seed_and_epoch():
     np.testing.assert_array_equal(order(1), orders[0])
 
 
-def test_recorded_statistics_are_means_over_the_epochs_steps(data):
-    state, history = run(data, epochs=2)
+def test_recorded_statistics_are_means_over_the_epochs_steps():
+    state, history = run(epochs=2)
     means = steps.epoch_means(state, make_model(), STEPS)
     second = history[STEPS:]
     np.testing.assert_allclose(means["train_loss"], second[:, 0].mean(), rtol=1e-5)
@@ -75,8 +84,8 @@ def test_recorded_statistics_are_means_over_the_epochs_steps(data):
     assert int(state.step) == 2 * STEPS
 
 
-def test_layers_are_listed_from_input_to_output(data):
-    state, _ = run(data)
+def test_layers_are_listed_from_input_to_output():
+    state, _ = run()
     layers = list(steps.epoch_means(state, make_model(), STEPS)["layer_std"])
     assert layers[0] == "stem/conv/kernel"
     assert layers[1:3] == ["stages/0/0/first/conv/kernel", "stages/0/0/second/conv/kernel"]
@@ -84,29 +93,39 @@ def test_layers_are_listed_from_input_to_output(data):
     assert len(layers) == 6
 
 
+# All pixels 0, as the padding is: a crop changes nothing.
+BLANK = np.zeros_like(DATA.train_images)
+
+
+@functools.cache
+def first_gradients():
+    """The loss and the gradients of a first step on all blank images, computed otherwise."""
+    graph, params, batch_stats = nnx.split(make_model(), nnx.Param, nnx.BatchStat)
+
+    @jax.jit
+    def loss_and_grads(params):
+        def loss_fn(params):
+            network = nnx.merge(graph, params, batch_stats, copy=True)
+            log_probabilities = jax.nn.log_softmax(network((BLANK / 255 - 0.4) / 0.25))
+            labels = 0.9 * np.eye(3)[DATA.train_labels] + 0.1 / 3
+            return -(log_probabilities * labels).sum(axis=1).mean()
+
+        return jax.value_and_grad(loss_fn)(params)
+
+    return loss_and_grads(params)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_records_the_raw_gradients(data, method):
-    """The first step's gradients do not depend on the method; they are recomputed here."""
+def test_every_method_records_the_raw_gradients(method):
     config = dataclasses.replace(CONFIG, method=method, batch_size=NUM_TRAIN)
-    model, tx = make_model(config), make_optimizer(config, 1)
-    graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    train_step = jax.jit(steps.make_train_step(model, tx, config, data))
-    # All images alike, and so all crops but for the padding: no border remains without any.
-    blank = np.zeros_like(data.train_images)
+    state, train_step = compiled(config)
     state, (loss, global_std) = train_step(
-        steps.init_state(model, tx), blank, data.train_labels, jnp.arange(NUM_TRAIN)
+        state, BLANK, DATA.train_labels, jnp.arange(NUM_TRAIN, dtype=jnp.int32)
     )
-
-    def loss_fn(params):
-        network = nnx.merge(graph, params, batch_stats, copy=True)
-        log_probabilities = jax.nn.log_softmax(network((blank / 255 - 0.4) / 0.25))
-        labels = 0.9 * np.eye(3)[data.train_labels] + 0.1 / 3
-        return -(log_probabilities * labels).sum(axis=1).mean()
-
-    expected_loss, grads = jax.value_and_grad(loss_fn)(params)
+    expected_loss, grads = first_gradients()
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(global_std, oracle.global_std(jax.tree.leaves(grads)), rtol=1e-4)
-    means = steps.epoch_means(state, model, 1)
+    means = steps.epoch_means(state, make_model(), 1)
     assert (means["scale_factor"] is None) == (method != "autoscale")
     assert (means["exponent"] is None) == (method != "autoscale")
     kernel = oracle.float64(grads["classifier"]["kernel"][...])
@@ -115,45 +134,48 @@ def test_every_method_records_the_raw_gradients(data, method):
     )
 
 
-def test_training_learns_and_repeats_itself(data):
-    state, history = run(data, epochs=8)
-    again, history_again = run(data, epochs=8)
+def test_training_learns_and_repeats_itself():
+    state, history = run(epochs=8)
+    again, history_again = run.__wrapped__(epochs=8)
     assert history[-STEPS:, 0].mean() < 0.75 * history[:STEPS, 0].mean()
     np.testing.assert_array_equal(history, history_again)
     for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True):
         np.testing.assert_array_equal(a, b)
-    _, other = run(data, dataclasses.replace(CONFIG, seed=1))
-    assert (other != history[:STEPS]).all()
 
 
-def test_cutmix_and_flip_are_part_of_the_cifar_step(data):
+def test_another_seed_is_another_run():
+    _, other = run(dataclasses.replace(CONFIG, seed=1))
+    assert (other != run()[1]).all()
+
+
+def test_cutmix_and_flip_are_part_of_the_cifar_step():
     plain = dataclasses.replace(CONFIG, dataset="cifar10")
     mixed = dataclasses.replace(plain, cutmix_probability=1.0)
-    losses = [run(data, config)[1][0, 0] for config in (CONFIG, plain, mixed)]
+    losses = [run(config)[1][0, 0] for config in (CONFIG, plain, mixed)]
     assert len(set(losses)) == 3
 
 
 @pytest.mark.parametrize("batch_size", [5, 23, 100])
-def test_evaluation_counts_every_image_once(data, batch_size, monkeypatch):
-    state, _ = run(data, epochs=3)
+def test_evaluation_counts_every_image_once(batch_size, monkeypatch):
+    state, _ = run(epochs=3)
     monkeypatch.setattr(train, "EVAL_BATCH", batch_size)
-    eval_step = jax.jit(steps.make_eval_step(make_model(), data, batch_size))
-    test_data = jax.device_put((data.test_images, data.test_labels))
+    eval_step = jax.jit(steps.make_eval_step(make_model(), DATA, batch_size))
+    test_data = jax.device_put((DATA.test_images, DATA.test_labels))
     loss, accuracy = train.evaluate(eval_step, state, test_data)
 
     model = make_model()
     nnx.update(model, state.params, state.batch_stats)
     model.eval()
-    logits = oracle.float64(model(jnp.asarray((data.test_images / 255 - 0.4) / 0.25, jnp.float32)))
+    logits = oracle.float64(model(jnp.asarray((DATA.test_images / 255 - 0.4) / 0.25, jnp.float32)))
     log_sum = np.log(np.exp(logits).sum(axis=1))
-    expected = (log_sum - logits[np.arange(NUM_TEST), data.test_labels]).mean()
+    expected = (log_sum - logits[np.arange(NUM_TEST), DATA.test_labels]).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    assert accuracy == pytest.approx((logits.argmax(axis=1) == data.test_labels).mean())
+    assert accuracy == pytest.approx((logits.argmax(axis=1) == DATA.test_labels).mean())
 
 
-def test_bfloat16_keeps_parameters_and_statistics_in_float32(data):
-    state, history = run(data, dataclasses.replace(CONFIG, precision="bfloat16"))
+def test_bfloat16_keeps_parameters_and_statistics_in_float32():
+    state, history = run(dataclasses.replace(CONFIG, precision="bfloat16"))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"int32", "float32"}
-    _, expected = run(data)
+    _, expected = run()
     np.testing.assert_allclose(history[0], expected[0], rtol=0.05)
     assert (history[0] != expected[0]).all()
