@@ -1,142 +1,176 @@
 """One training run, from the command line: `python train.py --help`."""
 
 import contextlib
+import os
+import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from models import MODELS
-from training import data, steps
-from training.config import Config, parse
+from training import data, devices
+from training.checkpoints import CheckpointError, Checkpoints
+from training.config import Config, check_continues, parse
 from training.display import Display
-from training.optimizers import learning_rate_schedule, make_optimizer
+from training.interruption import SAVE, Interrupted, Requests
+from training.program import Program
 from training.record import Record
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, save_model
 
-EVAL_BATCH = 500
-AHEAD = 4  # steps that the host has handed to the device before it looks at the oldest one's loss
+AHEAD = 2  # steps that the host has handed to the devices before it looks at the oldest one's loss
 
 
 class NotFinite(ArithmeticError):
-    """A step's loss or gradient is NaN or infinite."""
+    """A loss or gradient is NaN or infinite."""
 
 
 def train(config: Config) -> list[Record]:
-    """Trains as `config` says and writes the results to `config.folder`.
+    """Trains as `config` says, and writes the results to `config.folder`.
+
+    Args:
+      config: the options; with `resume`, those of the run that is continued.
 
     Returns:
-      The records of all epochs.
+      The records of all epochs; none in a process other than the first.
 
     Raises:
       ValueError: for an impossible option, or data that cannot be had.
-      FileExistsError: if the folder is in use.
+      OSError: if the folder is in use, or cannot be written.
+      CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
+      Interrupted: after a signal to stop, once a checkpoint is written.
     """
     config.validate()
+    if config.resume:
+        check_continues(config)
     dataset = data.load(
         config.dataset, config.data_dir, train_size=config.train_size, seed=config.seed
     )
-    steps_per_epoch = len(dataset.train_labels) // config.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"--batch-size is {config.batch_size}, more than the {len(dataset.train_labels)} "
-            "training images; choose a smaller one"
-        )
-    folder = RunFolder(config, dataset)
+    mesh = devices.make_mesh()
+    program = Program(config, dataset, mesh)
+    folder = devices.on_first_process(lambda: RunFolder(config, dataset))
 
-    model = MODELS[config.model](
-        num_classes=dataset.num_classes,
-        channels=dataset.train_images.shape[-1],
-        dtype=config.precision,
-        rngs=nnx.Rngs(config.seed),
-    )
-    tx = make_optimizer(config, steps_per_epoch)
-    learning_rate = learning_rate_schedule(config, steps_per_epoch)
-    state = steps.init_state(model, tx)
-    train_data = jax.device_put((dataset.train_images, dataset.train_labels))
-    test_data = jax.device_put((dataset.test_images, dataset.test_labels))
-    epoch_order = steps.make_epoch_order(config, len(dataset.train_labels))
-    train_step = jax.jit(steps.make_train_step(model, tx, config, dataset), donate_argnums=0)
-    eval_step = jax.jit(steps.make_eval_step(model, dataset, EVAL_BATCH))
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(config, program.steps_per_epoch, folder is None))
+        checkpoints = stack.enter_context(Checkpoints(config.folder / "checkpoints"))
+        state = program.first_state()
+        if config.resume:
+            state = checkpoints.restore(state, display.say) or state
+        done = int(state.step)
+        if done > config.epochs * program.steps_per_epoch:
+            raise ValueError(
+                f"--epochs is {config.epochs}, and the run in {config.folder} has done "
+                f"{done / program.steps_per_epoch:.3g} already; give as many or more"
+            )
+        if folder:
+            folder.begin(done // program.steps_per_epoch)
+            stack.callback(folder.close)
+        display.say(f"{config.folder}: {describe_devices()}, compiling ...")
+        program.compile(state)
+        display.start(done)
 
-    with contextlib.closing(folder), Display(config, steps_per_epoch) as display:
-        display.say(f"{folder.path}: {jax.devices()[0].device_kind}, compiling ...")
-        train_step = train_step.lower(state, *train_data, epoch_order(1)).compile()
-        eval_step = eval_step.lower(state, *test_data, np.int32(0)).compile()
-        display.start()
-
-        for epoch in range(1, config.epochs + 1):
-            start = time.perf_counter()
-            order = epoch_order(epoch)
-            pending: deque[tuple[int, tuple[jax.Array, jax.Array]]] = deque()
-            for step in range((epoch - 1) * steps_per_epoch + 1, epoch * steps_per_epoch + 1):
-                state, measured = train_step(state, *train_data, order)
-                pending.append((step, measured))
-                if len(pending) > AHEAD:
-                    look_at(pending.popleft(), display)
-            while pending:
-                look_at(pending.popleft(), display)
+        requests = stack.enter_context(Requests(mesh, config.checkpoint_minutes))
+        for epoch in range(done // program.steps_per_epoch + 1, config.epochs + 1):
+            start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
+            order = program.epoch_order(np.int32(epoch))
+            in_flight: deque[tuple[int, jax.Array, jax.Array, Any]] = deque()
+            stop = 0
+            for done in range(first, last + 1):
+                state, measured = program.train_step(state, order)
+                in_flight.append((done, *measured, requests.next()))
+                request = 0
+                while len(in_flight) > (AHEAD if done < last else 0):
+                    request = max(request, look_at(*in_flight.popleft(), display))
+                if request and done < last:
+                    checkpoints.save(done, state)
+                if request > SAVE:
+                    stop = request
+                    break
             trained = time.perf_counter()
 
-            test_loss, test_accuracy = evaluate(eval_step, state, test_data)
-            if not np.isfinite(test_loss):
-                raise NotFinite(
-                    f"after step {epoch * steps_per_epoch}: the test loss is {test_loss}"
-                )
-            record = Record(
-                epoch=epoch,
-                step=epoch * steps_per_epoch,
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                learning_rate=np.asarray(learning_rate((epoch - 1) * steps_per_epoch)).item(),
-                **steps.epoch_means(state, model, steps_per_epoch),
-                images_per_second=steps_per_epoch * config.batch_size / (trained - start),
-                seconds=time.perf_counter() - start,
-            )
-            folder.write(record)
-            display.epoch(record)
+            if done == last:
+                test_loss, test_accuracy = program.evaluate(state)
+                if not np.isfinite(test_loss):
+                    raise NotFinite(f"after step {last}: the test loss is {test_loss}")
+                means = program.epoch_means(state)
+                images = (last + 1 - first) * config.batch_size
+                if folder:
+                    record = Record(
+                        epoch=epoch,
+                        step=last,
+                        test_loss=test_loss,
+                        test_accuracy=test_accuracy,
+                        learning_rate=program.learning_rate(epoch),
+                        images_per_second=images / (trained - start),
+                        seconds=time.perf_counter() - start,
+                        **means,
+                    )
+                    folder.write(record)
+                    display.epoch(record)
+                # After the record: no checkpoint is ahead of the records.
+                checkpoints.save(last, state)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(stop, done)
 
-        folder.save_model(nnx.merge_state(state.params, state.batch_stats))
-        display.say(f"{folder.path} holds the records, the pictures and the parameters")
-    return folder.records
+        save_model(config.folder, state.params, state.batch_stats)
+        display.say(f"{config.folder} holds the records, the pictures and the parameters")
+    return folder.records if folder else []
 
 
-def look_at(dispatched: tuple[int, tuple[jax.Array, jax.Array]], display: Display) -> None:
-    """Shows a step that was handed to the device a while ago, and stops the run if it failed."""
-    step, measured = dispatched
-    loss, global_std = map(float, measured)
-    if not np.isfinite([loss, global_std]).all():
+def look_at(
+    step: int, loss: jax.Array, global_std: jax.Array, request: Any, display: Display
+) -> int:
+    """Shows a step that was handed to the devices a while ago; returns what was requested there."""
+    if not np.isfinite([float(loss), float(global_std)]).all():
         raise NotFinite(
             f"step {step}: the training loss is {loss} and the gradients' standard deviation is "
             f"{global_std}; the finished epochs are kept. A smaller --learning-rate may help"
         )
-    display.step(step, loss)
+    display.step(step, float(loss))
+    return int(request)
 
 
-def evaluate(
-    eval_step: Callable[..., Any], state: steps.TrainState, test_data: tuple[jax.Array, jax.Array]
-) -> tuple[float, float]:
-    """The mean loss and the accuracy over all test images, each counted once."""
-    num_images = len(test_data[1])
-    sums = [
-        eval_step(state, *test_data, np.int32(first)) for first in range(0, num_images, EVAL_BATCH)
-    ]
-    loss, correct = np.sum(jax.device_get(sums), axis=0) / num_images
-    return float(loss), float(correct)
+def describe_devices() -> str:
+    """The devices of the run, in words."""
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    words = kind if count == 1 else f"{count} x {kind}"
+    return words if jax.process_count() == 1 else f"{words} in {jax.process_count()} processes"
 
 
 def main() -> None:
-    config = parse()
+    config = None
     try:
+        config = parse()
+        devices.start_processes(config)
         train(config)
-    except (ValueError, OSError, NotFinite) as error:
+    except (ValueError, OSError, CheckpointError, NotFinite) as error:
+        if config and config.debug:
+            raise
         sys.exit(f"train.py: {error}")
+    except Interrupted as error:
+        folder = shlex.quote(str(config.folder)) if config else ""
+        print(
+            f"train.py: {error}; continue with: python train.py --resume --out {folder}",
+            file=sys.stderr,
+        )
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("train.py: stopped before the first step", file=sys.stderr)
+        sys.exit(130)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or (config and config.debug):
+            raise
+        print(
+            "train.py: another process of this run has stopped or cannot be reached "
+            f"({str(error).splitlines()[0]}); continue all of them with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an ordinary exit would wait for the others
 
 
 if __name__ == "__main__":

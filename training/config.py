@@ -1,10 +1,14 @@
 """What one run is: the options of `train.py`, and the recipe that fills them in."""
 
 import dataclasses
+import difflib
+import itertools
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -54,6 +58,20 @@ class Config:
     """Number of training images to use, equally many of each class (default: all)."""
     out: Path | None = None
     """Folder for the results (default: runs/<dataset>-<model>-<method>-seed<k>)."""
+    resume: bool = False
+    """Continue the run in that folder where its latest checkpoint is, with its own options."""
+    checkpoint_minutes: float = 10.0
+    """A checkpoint is written after every epoch, and within one whenever so long has passed."""
+    fsdp: bool = False
+    """Split parameters and optimizer state over the devices, and not the batch alone."""
+    coordinator: str | None = None
+    """Address (host:port) of process 0, for a run of several processes that no cluster started."""
+    num_processes: int | None = None
+    """Number of processes, with --coordinator."""
+    process_id: int | None = None
+    """Number of this process, from 0, with --coordinator."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
     @property
     def folder(self) -> Path:
@@ -64,21 +82,72 @@ class Config:
 
     def validate(self) -> None:
         """Raises ValueError if an option is impossible, with its value and what it may be."""
-        limits = {
-            "epochs": (1, math.inf),
-            "batch_size": (1, math.inf),
-            "learning_rate": (0, math.inf),
-            "weight_decay": (0, math.inf),
-            "label_smoothing": (0, 1),
-            "cutmix_probability": (0, 1),
-            "seed": (0, 2**32 - 1),
+        limits: dict[str, tuple[Callable[[float], bool], str]] = {
+            "epochs": (lambda value: value >= 1, "positive"),
+            "batch_size": (lambda value: value >= 1, "positive"),
+            "learning_rate": (lambda value: value > 0, "positive"),
+            "weight_decay": (lambda value: value >= 0, "0 or positive"),
+            "label_smoothing": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+            "cutmix_probability": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+            "seed": (lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1"),
+            "checkpoint_minutes": (lambda value: value > 0, "positive"),
         }
-        for name, (low, high) in limits.items():
+        for name, (allowed, text) in limits.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                option = f"--{name.replace('_', '-')}"
-                allowed = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-                raise ValueError(f"{option} is {value}; it must be finite and {allowed}")
+            if not (math.isfinite(value) and allowed(value)):
+                raise ValueError(f"{_option(name)} is {value}; it must be finite and {text}")
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        processes = (self.coordinator, self.num_processes, self.process_id)
+        if None in processes and processes != (None, None, None):
+            raise ValueError(
+                "--coordinator, --num-processes and --process-id go together; got "
+                f"{self.coordinator}, {self.num_processes} and {self.process_id}"
+            )
+
+    def save(self, **description: Any) -> None:
+        """Writes `config.json`: the options, and what else describes the run."""
+        path = self.folder / "config.json"
+        text = json.dumps({"config": dataclasses.asdict(self)} | description, indent=2, default=str)
+        part = path.with_suffix(".part")
+        part.write_text(text + "\n")
+        part.replace(path)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(Config).items()
+    if get_origin(kind) is Literal
+}
+
+# Options that may change when a run is continued. All others would make it another experiment.
+FREE = {
+    *("epochs", "data_dir", "out", "resume", "checkpoint_minutes", "fsdp", "debug"),
+    *("coordinator", "num_processes", "process_id"),
+}
+
+
+def load(folder: Path) -> Config:
+    """The options of the run in a folder, from its `config.json`."""
+    values = json.loads((folder / "config.json").read_text())["config"]
+    paths = {name: values[name] and Path(values[name]) for name in ("data_dir", "out")}
+    return Config(**values | paths)
+
+
+def check_continues(config: Config) -> None:
+    """Raises ValueError if `config` does not continue the run that is in its folder."""
+    if not (config.folder / "config.json").exists():
+        raise ValueError(
+            f"there is no run in {config.folder} to continue; give its folder with --out, "
+            "or leave out --resume to start it"
+        )
+    begun = load(config.folder)
+    for name, value in dataclasses.asdict(begun).items():
+        if name not in FREE and getattr(config, name) != value:
+            raise ValueError(
+                f"{_option(name)} is {getattr(config, name)}, and the run in {config.folder} was "
+                f"started with {value}; continue it with that, or start another run with --out"
+            )
 
 
 def recipe(dataset: Dataset = "digits", optimizer: Optimizer = "adamw") -> Config:
@@ -93,6 +162,40 @@ def recipe(dataset: Dataset = "digits", optimizer: Optimizer = "adamw") -> Confi
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
-    """Reads the command line; `--help` shows the defaults of the chosen data set and optimizer."""
+    """Reads the command line.
+
+    `--help` shows the defaults of the chosen data set and optimizer; with `--resume`, options that
+    are not given are those of the run that is continued.
+    """
+    args = sys.argv[1:] if args is None else args
+    for name, choices in CHOICES.items():  # tyro names the choices, but not the nearest
+        for value in _given(name, args):
+            _check_choice(name, value, choices)
     chosen, _ = tyro.cli(recipe, args=args, return_unknown_args=True, add_help=False)
-    return tyro.cli(Config, args=args, default=chosen)
+    config = tyro.cli(Config, args=args, default=chosen)
+    if config.resume and (config.folder / "config.json").exists():
+        alone = {"coordinator": None, "num_processes": None, "process_id": None, "debug": False}
+        begun = dataclasses.replace(load(config.folder), out=config.folder, **alone)
+        config = tyro.cli(Config, args=args, default=begun)
+    return config
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _given(name: str, args: Sequence[str]) -> list[str]:
+    """The values that the command line has for an option."""
+    option = _option(name)
+    return [value for key, value in itertools.pairwise(args) if key == option] + [
+        arg.partition("=")[2] for arg in args if arg.startswith(option + "=")
+    ]
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{_option(name)} is {value!r}; did you mean {nearest!r}? "
+            f"It must be one of {', '.join(choices)}"
+        )

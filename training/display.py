@@ -20,14 +20,15 @@ class Display:
     Args:
       config: the run's options.
       steps_per_epoch: the number of steps in each epoch.
+      quiet: whether to show nothing.
     """
 
-    def __init__(self, config: Config, steps_per_epoch: int):
+    def __init__(self, config: Config, steps_per_epoch: int, quiet: bool = False):
         self._epochs = config.epochs
         self._batch_size = config.batch_size
         self._steps_per_epoch = steps_per_epoch
         self._accuracy = "-"
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(config.epochs)),
             BarColumn(bar_width=None),
@@ -59,8 +60,9 @@ class Display:
         """Prints a line above the bar."""
         self._console.print(text)
 
-    def start(self) -> None:
-        """Starts the clock, and the table that `epoch` adds to."""
+    def start(self, step: int) -> None:
+        """Starts the clock after `step` steps, and the table that `epoch` adds to."""
+        self._progress.update(self._task, completed=step)
         self._progress.start_task(self._task)
         self._last_line = time.monotonic()
         self.say(

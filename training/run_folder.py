@@ -1,12 +1,14 @@
 """The folder of a run: what it was, what it measured, and the parameters it ended with."""
 
-import dataclasses
+import contextlib
+import errno
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,58 +26,97 @@ from training.record import Record
 
 
 class RunFolder:
-    """The files of one run.
+    """The files of one run. In a run of several processes, only the first one has any.
 
     Args:
-      config: the run's options; `config.folder` is created.
+      config: the run's options; `config.folder` is created, or continued with `config.resume`.
       dataset: what it trains on.
 
     Raises:
-      FileExistsError: if there is something at that path already; nothing is touched.
+      OSError: if the folder cannot be used, or holds something and `config.resume` is not set;
+        nothing is touched then.
     """
 
     def __init__(self, config: Config, dataset: Dataset):
-        self.path = config.folder
-        self._title = f"{config.method}: {config.model} on {config.dataset}, seed {config.seed}"
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise FileExistsError(
-                f"{self.path} exists already and is left as it is; "
-                "give another folder with --out, or remove it"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        description = {
+        self._config = config
+        self._description = {
             "command": shlex.join(["python", *sys.argv]),
-            "config": dataclasses.asdict(config),
             "num_classes": dataset.num_classes,
             "channels": dataset.train_images.shape[-1],
             **environment(),
         }
-        text = json.dumps(description, indent=2, default=str)
-        (self.path / "config.json").write_text(text + "\n")
+        self.path = path = config.folder
         self.records: list[Record] = []
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        self._tensorboard: SummaryWriter | None = None
+        if not config.resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(
+                f"{path} exists already and is left as it is; "
+                "continue it with --resume, give another folder with --out, or remove it"
+            )
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not config.resume:
+                config.save(**self._description)
+
+    def begin(self, epochs: int) -> None:
+        """Opens the records, and keeps the first `epochs` of those that are there."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            with _explained(path):
+                lines = path.read_text().splitlines(keepends=True)[:epochs]
+                self.records = [json.loads(line) for line in lines]
+                part = path.with_suffix(".part")
+                part.write_text("".join(lines))
+                part.replace(path)
+                self._config.save(**self._description)
+        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=epochs + 1)
 
     def write(self, record: Record) -> None:
         """Adds an epoch to `metrics.jsonl` and to TensorBoard."""
-        self.records.append(record)
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({name: record[name] for name in Record.__annotations__}) + "\n")
+        path = self.path / "metrics.jsonl"
+        line = json.dumps({name: record[name] for name in Record.__annotations__}) + "\n"
+        with _explained(path), open(path, "a") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        for name, value in _scalars(record).items():
-            self._tensorboard.add_scalar(name, value, record["epoch"])
-        self._tensorboard.flush()
-
-    def save_model(self, state: nnx.State) -> None:
-        """Saves the parameters and BatchNorm statistics; `load_model` reads them back."""
-        ocp.save(str(self.path.absolute() / "parameters"), state)
+        self.records.append(record)
+        if self._tensorboard:
+            for name, value in _scalars(record).items():
+                self._tensorboard.add_scalar(name, value, record["epoch"])
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Draws the pictures of the epochs so far."""
-        self._tensorboard.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if self.records:
             plots.plot_curves(self.records, self._title, self.path / "curves.png")
             plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
+
+    @property
+    def _title(self) -> str:
+        config = self._config
+        return f"{config.method}: {config.model} on {config.dataset}, seed {config.seed}"
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says of an error of the operating system where it happened, and what may help."""
+    try:
+        yield
+    except OSError as error:
+        remedy = (
+            "make room and continue with --resume"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else "choose another folder with --out"
+        )
+        raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
+    """Saves what a run ended with to `parameters/`; every process of a run takes part."""
+    state = nnx.merge_state(params, batch_stats)
+    ocp.save(str(folder.absolute() / "parameters"), state, overwrite=True)
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:

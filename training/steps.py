@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Sharding
 
 from optax_autoscale import global_std, layer_std
 from training.augmentation import cutmix, normalize, random_crop, random_flip
@@ -68,19 +69,18 @@ def epoch_means(state: TrainState, model: nnx.Module, steps: int) -> dict[str, A
     }
 
 
-def make_epoch_order(config: Config, num_images: int) -> Callable[[int], jax.Array]:
-    """A function from the epoch to a permutation of the training images, shape `(num_images,)`."""
-
-    @jax.jit
-    def epoch_order(epoch: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(config.seed), epoch)
-        return jax.random.permutation(key, num_images)
-
-    return lambda epoch: epoch_order(jnp.int32(epoch))
+def epoch_order(seed: int, epoch: jax.Array, num_images: int) -> jax.Array:
+    """The order of the training images in an epoch: a permutation of shape `(num_images,)`."""
+    key = jax.random.fold_in(jax.random.key(seed), epoch)
+    return jax.random.permutation(key, num_images)
 
 
 def make_train_step(
-    model: nnx.Module, tx: optax.GradientTransformation, config: Config, data: Dataset
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    config: Config,
+    data: Dataset,
+    batch_sharding: Sharding,
 ) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
     """Builds the training step.
 
@@ -89,6 +89,7 @@ def make_train_step(
       tx: the method and the optimizer.
       config: the recipe.
       data: its constants are used.
+      batch_sharding: how the first axis of a batch is split over the devices.
 
     Returns:
       A function of the state, all training images and labels and the epoch's order, that returns
@@ -109,13 +110,14 @@ def make_train_step(
         crop_key, flip_key, mix_key = jax.random.split(jax.random.fold_in(stream, step), 3)
         start = step % steps_per_epoch * config.batch_size
         chosen = jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)
+        chosen = jax.lax.with_sharding_constraint(chosen, batch_sharding)
         x = random_crop(crop_key, images[chosen], padding)
         if config.dataset != "digits":  # a mirrored digit is none
             x = random_flip(flip_key, x)
         y = jax.nn.one_hot(labels[chosen], data.num_classes)
         y = optax.smooth_labels(y, config.label_smoothing)
-        x = normalize(x, data.mean, data.std)
-        return cutmix(mix_key, x, y, config.cutmix_probability)
+        x, y = cutmix(mix_key, x, y, config.cutmix_probability)
+        return normalize(x, data.mean, data.std), y
 
     def train_step(
         state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
@@ -143,9 +145,15 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: nnx.Module, data: Dataset, batch_size: int
+    model: nnx.Module, data: Dataset, batch_size: int, batch_sharding: Sharding
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Builds the evaluation of one batch of test images, the last of which may be partial.
+
+    Args:
+      model: its structure is used, in evaluation mode.
+      data: its constants are used.
+      batch_size: the number of images in a batch.
+      batch_sharding: how the first axis of a batch is split over the devices.
 
     Returns:
       A function of the state, all test images and labels, and the index of the batch's first image;
@@ -160,6 +168,7 @@ def make_eval_step(
     ) -> tuple[jax.Array, jax.Array]:
         network = nnx.merge(graph, state.params, state.batch_stats, copy=True)
         index = start + jnp.arange(batch_size)
+        index = jax.lax.with_sharding_constraint(index, batch_sharding)
         within = index < num_images
         x = normalize(images.at[index].get(mode="clip"), data.mean, data.std)
         y = labels.at[index].get(mode="clip")

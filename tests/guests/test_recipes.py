@@ -1,0 +1,26 @@
+"""Every Python block of the documentation's pages runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+OPTIONAL = ("equinox", "flax", "haiku", "orbax")
+
+
+def blocks():
+    for page in ("recipes.md", "behaviour.md"):
+        sections = re.split(r"^## ", (DOCS / page).read_text(), flags=re.MULTILINE)
+        for section in sections:
+            title = section.partition("\n")[0]
+            for code in re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+                yield pytest.param(page, code, id=f"{page}: {title}")
+
+
+@pytest.mark.parametrize(("page", "code"), [*blocks()])
+def test_block_runs(page, code):
+    for module in OPTIONAL:
+        if re.search(rf"^(?:import|from) {module}\b", code, re.MULTILINE):
+            pytest.importorskip(module)
+    exec(compile(code, page, "exec"), {})

@@ -1,0 +1,225 @@
+"""Lemma 1 and Theorem 2 of the paper, measured on quadratics with known smoothness and noise.
+
+The loss is L(w) = sum(h * w**2) / 2, so that beta = max(h). One example's gradient has noise of
+variance sigma**2 in all, a batch of b examples sigma**2 / b: the paper's sigma_b squared. Both
+statements treat a_t as a number that does not depend on the noise of step t. The method reads it off
+that very sample; how much that matters is measured too.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_autoscale import AutoscaleState, autoscale, scale_by_global_std
+
+SHAPE = (16, 12)
+VARIED = np.linspace(0.2, 1.0, 192).reshape(SHAPE)
+EQUAL = np.ones(SHAPE)
+BETA = 1.0
+START = 1e-2 * np.random.default_rng(0).standard_normal(SHAPE)
+SIGMA = 0.3  # the norm of START is about 0.14
+
+
+def loss(w, h=EQUAL):
+    return np.sum(h * w**2, (-2, -1)) / 2
+
+
+def noise(seed, batch_size, *samples):
+    normal = np.random.default_rng(seed).standard_normal((*samples, *SHAPE))
+    return SIGMA / np.sqrt(normal[0].size * batch_size) * normal
+
+
+def scaled(grads):
+    """Updates and factors of the method's first step, each gradient on its own."""
+    tx = scale_by_global_std()
+    update = jax.jit(jax.vmap(lambda grad: tx.update(grad, tx.init(None))))
+    updates, state = update(jnp.asarray(grads, jnp.float32))
+    return np.asarray(updates, np.float64), np.asarray(state.scale_factor, np.float64)
+
+
+def mean_and_error(values):
+    """The mean, and its standard error."""
+    return values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+
+
+def losses_after_a_step(h, step_size, batch_size, samples=1000):
+    """L(w_{t+1}) for many noises, with step_size = eta * a_t given."""
+    grads = h * START + noise(1, batch_size, samples)
+    return loss(START - step_size * grads, h)
+
+
+def lemma_bound(h, step_size, batch_size):
+    descent = step_size / 2 * np.sum((h * START) ** 2)
+    return loss(START, h) - descent + step_size**2 * BETA * SIGMA**2 / (2 * batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 256])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
+def test_lemma_1_holds(fraction, batch_size):
+    _, (a,) = scaled((VARIED * START)[None])
+    eta = fraction / (BETA * a)
+    measured, error = mean_and_error(losses_after_a_step(VARIED, eta * a, batch_size))
+    assert measured + 5 * error < lemma_bound(VARIED, eta * a, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_lemma_1_is_an_equality_at_the_largest_step_on_the_roundest_loss(batch_size):
+    """So the bound has no slack: half the noise in it would be too little."""
+    measured, error = mean_and_error(losses_after_a_step(EQUAL, 1 / BETA, batch_size))
+    assert abs(measured - lemma_bound(EQUAL, 1 / BETA, batch_size)) < 5 * error
+    assert measured - 5 * error > lemma_bound(EQUAL, 1 / BETA, 2 * batch_size)
+
+
+def test_lemma_1_needs_its_condition_on_the_step_size():
+    measured, error = mean_and_error(losses_after_a_step(EQUAL, 1.5 / BETA, 16))
+    assert measured - 5 * error > lemma_bound(EQUAL, 1.5 / BETA, 16)
+
+
+def known_scale_factors(h, steps):
+    """a_1 ... a_T of a run without noise: known before any noise is drawn."""
+    tx = scale_by_global_std()
+    w, state, factors = jnp.asarray(START, jnp.float32), tx.init(None), []
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(h * w, state)
+        w = w - updates
+        factors.append(float(state.scale_factor))
+    return np.array(factors)
+
+
+def noisy_runs(h, step_sizes, batch_size, runs=200):
+    """Squared gradient norms (runs, T) and final losses (runs,) of SGD with given step sizes."""
+    w, norms = np.broadcast_to(START, (runs, *SHAPE)), []
+    for t, step_size in enumerate(step_sizes):
+        grads = h * w
+        norms.append(np.sum(grads**2, (1, 2)))
+        w = w - step_size * (grads + noise(100 + t, batch_size, runs))
+    return np.stack(norms, 1), loss(w, h)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_theorem_2_holds_for_one_scale_factor(batch_size):
+    """Equation 4 takes eta * a_t out of the sum over t, and so supposes that it is constant."""
+    steps, step_size = 40, 0.5 / BETA
+    norms, final = noisy_runs(VARIED, [step_size] * steps, batch_size)
+    bound = 2 / (steps * step_size) * (loss(START, VARIED) - final)
+    bound = bound + step_size * BETA * SIGMA**2 / batch_size
+    slack, error = mean_and_error(bound - norms.mean(1))
+    assert slack > 5 * error
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_theorem_2_holds_as_a_weighted_mean_where_the_scale_factor_falls(batch_size):
+    """The sum of Lemma 1 over t, where each step's gradient norm weighs eta * a_t."""
+    a = known_scale_factors(VARIED, steps=40)
+    assert a[-1] < 0.7 * a[0]
+    step_sizes = a / (a.max() * BETA)
+    norms, final = noisy_runs(VARIED, step_sizes, batch_size)
+    bound = 2 * (loss(START, VARIED) - final)
+    bound = bound + np.sum(step_sizes**2) * BETA * SIGMA**2 / batch_size
+    slack, error = mean_and_error(bound - norms @ step_sizes)
+    assert slack > 5 * error
+
+
+def test_theorem_2_is_an_equality_at_the_largest_step_on_the_roundest_loss():
+    steps, batch_size = 10, 4
+    norms, final = noisy_runs(EQUAL, [1 / BETA] * steps, batch_size, runs=1000)
+    bound = 2 * BETA / steps * (loss(START) - final) + SIGMA**2 / batch_size
+    slack, error = mean_and_error(bound - norms.mean(1))
+    assert abs(slack) < 5 * error
+
+
+def test_centring_turns_the_gradient_of_the_bound_into_the_centred_gradient():
+    """Centring is an orthogonal projection P: <grad, P grad> = |P grad|^2, and noise only shrinks.
+
+    Lemma 1 then bounds the descent by the centred gradient, which is 0 at more points than the
+    gradient is: those where all entries of a layer's gradient are equal.
+    """
+    w = START + 0.01
+    grads = VARIED * w + noise(2, 16, 1000)
+    updates, state = jax.jit(
+        jax.vmap(lambda grad: autoscale().update(grad, autoscale().init(None)))
+    )(jnp.asarray(grads, jnp.float32))
+    a = np.asarray(state.scale_factor).reshape(-1, 1, 1)
+    centred = np.asarray(updates) / a
+    measured, error = mean_and_error(loss(w - centred / BETA, VARIED))
+    bound = loss(w, VARIED) - SHAPE[0] * SHAPE[1] / 2 * np.var(VARIED * w) + SIGMA**2 / 32
+    assert measured + 5 * error < bound
+
+    stuck, _ = autoscale().update(jnp.full(SHAPE, 0.5), autoscale().init(None))
+    np.testing.assert_array_equal(stuck, 0)
+
+
+def test_with_many_entries_the_scale_factor_hardly_depends_on_the_noise():
+    """Read off the sample, a_t spreads by less than p / |ln s| / sqrt(2 N), here 2.4 %."""
+    grads = VARIED * START + noise(3, 16, 1000)
+    updates, a = scaled(grads)
+    assert 0.005 < a.std() / a.mean() < 2 / 4.3 / np.sqrt(2 * START.size)
+
+    eta = 1 / (BETA * a.max())
+    measured, error = mean_and_error(loss(START - eta * updates, VARIED))
+    bound = loss(START, VARIED) - eta * a.mean() / 2 * np.sum((VARIED * START) ** 2)
+    bound += eta**2 * np.mean(a**2) * BETA * SIGMA**2 / 32
+    assert measured + 5 * error < bound
+
+
+def test_with_two_entries_a_scale_factor_read_off_the_sample_breaks_lemma_1():
+    """Two equally likely noises, both steps within eta * a_t <= 1 / beta: exact, no sampling.
+
+    The larger of the two gradients gets the larger factor. The proof takes a_t out of the
+    expectation, as if it did not go together with the noise.
+    """
+    direction = np.array([[1.0, -1.0]]) / np.sqrt(2.0)
+    w, sigma = 2e-3 * direction, 1.5e-3  # beta = 1: the gradient is w
+    grads = np.stack([w + sigma * direction, w - sigma * direction])
+    updates, a = scaled(grads)
+    eta = 1 / a.max()
+    after = np.mean(loss(w - eta * updates, 1.0))
+    bound = loss(w, 1.0) - np.mean(eta * a) / 2 * np.sum(w**2)
+    bound += np.mean((eta * a) ** 2) * sigma**2 / 2
+    assert after > 1.05 * bound
+
+    after = np.mean(loss(w - grads, 1.0))  # eta * a_t = 1 for both noises: the lemma again
+    np.testing.assert_allclose(after, loss(w, 1.0) - np.sum(w**2) / 2 + sigma**2 / 2)
+
+
+def losses_of_a_run(tx, w, steps):
+    w = jnp.asarray(w, jnp.float32)
+    state, losses = tx.init(w), [float(loss(w))]
+    for _ in range(steps):
+        updates, state = tx.update(BETA * w, state)
+        w = w + updates
+        losses.append(float(loss(w)))
+    return losses
+
+
+@pytest.mark.parametrize("std", [1.001, 0.7, 3.0])
+def test_near_one_the_scale_factor_leaves_its_claimed_range_and_descent_fails(std):
+    """A rate of 0.5 / beta is safe for every a_t in (0, 1]; here a_t is 16 / ln(s)^2 > 13."""
+    w = START / START.std(ddof=1) * std
+    sgd = optax.sgd(0.5 / BETA)
+    before, after = losses_of_a_run(optax.chain(scale_by_global_std(), sgd), w, steps=1)
+    assert after > 10 * before
+
+    losses = losses_of_a_run(optax.chain(scale_by_global_std(max_scale=1.0), sgd), w, steps=20)
+    assert all(after < before for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_the_scale_factor_is_in_its_claimed_range_exactly_outside_the_band(exponent):
+    """0 < a_t <= 1 where s <= e^-4 or s >= e^4, for either exponent."""
+    state = AutoscaleState(jnp.int32(exponent), jnp.float32(0), jnp.float32(1))
+    tx, base = scale_by_global_std(), jnp.array([[0.0], [np.sqrt(2.0)]])
+
+    def factor(log_std):
+        return tx.update(base * jnp.exp(log_std), state)[1].scale_factor
+
+    logs = np.linspace(-20, 20, 402)
+    factors = np.asarray(jax.jit(jax.vmap(factor))(jnp.asarray(logs, jnp.float32)))
+    assert (factors > 0).all()
+    np.testing.assert_array_equal(factors <= 1, abs(logs) >= 4)

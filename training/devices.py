@@ -1,0 +1,92 @@
+"""The processes and devices of a run, and where its arrays lie on them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from training.config import Config
+
+T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 30  # until the processes that are left notice that one has died
+SMALLEST_SHARDED = 1024  # entries; smaller arrays are not worth a gather
+
+
+def start_processes(config: Config) -> None:
+    """Joins the other processes of a run, as the options or the cluster (Slurm, TPU, ...) tell."""
+    options = (config.coordinator, config.num_processes, config.process_id)
+    try:
+        jax.distributed.initialize(*options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError as error:
+        # JAX's way of saying that there is no cluster, and this is the only process.
+        if options != (None, None, None) or "coordinator_address" not in str(error):
+            raise
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes records and shows progress."""
+    return jax.process_index() == 0
+
+
+def make_mesh() -> Mesh:
+    """All devices of all processes in one row, over which batches are split."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def by_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis split over the devices."""
+    return NamedSharding(mesh, P("data"))
+
+
+def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
+    """Where each array of a state lies: everywhere, or split over the devices with `fsdp`.
+
+    Args:
+      state: a tree of arrays or their shapes.
+      mesh: the devices.
+      fsdp: whether large arrays are split, along their longest axis that the devices divide.
+
+    Returns:
+      A tree of shardings.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        if not fsdp or not axes or leaf.size < SMALLEST_SHARDED:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*[None] * longest, "data"))
+
+    return jax.tree.map(sharding, state)
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Puts an array that every process has on the devices of all of them."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def on_first_process(make: Callable[[], T]) -> T | None:
+    """Calls `make` in the first process only, and fails in all of them if it fails there."""
+    result, error = None, None
+    if is_first_process():
+        try:
+            result = make()
+        except Exception as failure:
+            error = failure
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+        if failed and error is None:
+            raise RuntimeError("process 0 could not start the run; its own message says why")
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,74 @@
+"""Requests that reach a run from outside: stop, or write a checkpoint."""
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from training.devices import by_batch, is_first_process, put, replicated
+
+# A request to write a checkpoint. The others are the numbers of signals, all of them larger.
+SAVE = 1
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, after it had written a checkpoint."""
+
+    def __init__(self, signal_number: int, step: int):
+        name = signal.Signals(signal_number).name
+        super().__init__(f"{name}: stopped after step {step}, which a checkpoint holds")
+        self.exit_code = 128 + signal_number
+
+
+class Requests:
+    """Listens for SIGINT and SIGTERM while it is entered; a second SIGINT ends the process at once.
+
+    Args:
+      mesh: the devices of the run. All processes must act on a request at the same step, so each
+        request travels to all of them through the devices.
+      checkpoint_minutes: how long a run may go without a request to save.
+    """
+
+    def __init__(self, mesh: Mesh, checkpoint_minutes: float):
+        self._mesh = mesh
+        self._interval = 60 * checkpoint_minutes
+        self._signal = 0
+        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+
+    def __enter__(self) -> Self:
+        self._asked = time.monotonic()
+        self._previous = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def next(self) -> Any:
+        """What all processes are to do: 0, `SAVE` or a signal's number; on the device, if many."""
+        due = is_first_process() and time.monotonic() - self._asked > self._interval
+        if due:
+            self._asked = time.monotonic()
+        request = self._signal or (SAVE if due else 0)
+        if jax.process_count() == 1:
+            return request
+        return self._largest(put(np.full(self._mesh.size, request, np.int32), by_batch(self._mesh)))
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            os._exit(128 + number)
+        self._signal = number

@@ -1,0 +1,114 @@
+"""The compiled functions of a run, with its data in place on the devices."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from models import MODELS
+from training import devices, steps
+from training.config import Config
+from training.data import Dataset
+from training.optimizers import learning_rate_schedule, make_optimizer
+
+EVAL_BATCH = 512
+
+
+class Program:
+    """What a run does with its state; the same on one device and on many processes'.
+
+    Args:
+      config: the run's options.
+      dataset: what it trains on.
+      mesh: the devices.
+
+    Raises:
+      ValueError: if the batches do not fit the data or the devices.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, mesh: Mesh):
+        size, num_images = config.batch_size, len(dataset.train_labels)
+        if size > num_images:
+            raise ValueError(
+                f"--batch-size is {size}, more than the {num_images} training images; "
+                "choose a smaller one"
+            )
+        if size % mesh.size:
+            raise ValueError(
+                f"--batch-size is {size}, which {mesh.size} devices cannot share equally; "
+                f"choose a multiple of {mesh.size}"
+            )
+        self.steps_per_epoch = num_images // size
+        self._schedule = learning_rate_schedule(config, self.steps_per_epoch)
+        self._num_test = len(dataset.test_labels)
+        self._eval_batch = EVAL_BATCH // mesh.size * mesh.size or mesh.size
+
+        make_model = partial(
+            MODELS[config.model],
+            num_classes=dataset.num_classes,
+            channels=dataset.train_images.shape[-1],
+            dtype=config.precision,
+        )
+        tx = make_optimizer(config, self.steps_per_epoch)
+
+        def first_state() -> steps.TrainState:
+            return steps.init_state(make_model(rngs=nnx.Rngs(config.seed)), tx)
+
+        everywhere, split = devices.replicated(mesh), devices.by_batch(mesh)
+        place = devices.state_shardings(jax.eval_shape(first_state), mesh, fsdp=config.fsdp)
+        self._model = model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(config.seed)))
+        self._train_data = (
+            devices.put(dataset.train_images, everywhere),
+            devices.put(dataset.train_labels, everywhere),
+        )
+        self._test_data = (
+            devices.put(dataset.test_images, everywhere),
+            devices.put(dataset.test_labels, everywhere),
+        )
+        self.first_state = jax.jit(first_state, out_shardings=place)
+        self.epoch_order = jax.jit(
+            lambda epoch: steps.epoch_order(config.seed, epoch, num_images),
+            out_shardings=everywhere,
+        )
+        self._train_step: Any = jax.jit(
+            steps.make_train_step(model, tx, config, dataset, split),
+            donate_argnums=0,
+            out_shardings=(place, everywhere),
+        )
+        self._eval_step: Any = jax.jit(
+            steps.make_eval_step(model, dataset, self._eval_batch, split),
+            out_shardings=everywhere,
+        )
+
+    def compile(self, state: steps.TrainState) -> None:
+        """Compiles the steps, so that no epoch's time has that in it."""
+        order = self.epoch_order(np.int32(1))
+        self._train_step = self._train_step.lower(state, *self._train_data, order).compile()
+        start = np.int32(0)
+        self._eval_step = self._eval_step.lower(state, *self._test_data, start).compile()
+
+    def train_step(
+        self, state: steps.TrainState, order: jax.Array
+    ) -> tuple[steps.TrainState, tuple[jax.Array, jax.Array]]:
+        """The next state (the argument's memory is reused), and the step's loss and global std."""
+        return self._train_step(state, *self._train_data, order)
+
+    def evaluate(self, state: steps.TrainState) -> tuple[float, float]:
+        """The mean loss and the accuracy over all test images, each counted once."""
+        sums = [
+            self._eval_step(state, *self._test_data, np.int32(first))
+            for first in range(0, self._num_test, self._eval_batch)
+        ]
+        loss, correct = np.sum(jax.device_get(sums), axis=0) / self._num_test
+        return float(loss), float(correct)
+
+    def epoch_means(self, state: steps.TrainState) -> dict[str, Any]:
+        """The statistics of the epoch that the state is at the end of; see `steps.epoch_means`."""
+        return steps.epoch_means(state, self._model, self.steps_per_epoch)
+
+    def learning_rate(self, epoch: int) -> float:
+        """The learning rate in an epoch, counted from 1."""
+        return np.asarray(self._schedule((epoch - 1) * self.steps_per_epoch)).item()
