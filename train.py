@@ -1,7 +1,6 @@
 """One training run, from the command line: `python train.py --help`."""
 
 import contextlib
-import os
 import shlex
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from training import data, devices
 from training.checkpoints import CheckpointError, Checkpoints
@@ -68,11 +68,12 @@ def train(config: Config) -> list[Record]:
         if folder:
             folder.begin(done // program.steps_per_epoch)
             stack.callback(folder.close)
-        display.say(f"{config.folder}: {describe_devices()}, compiling ...")
+        display.say(f"{config.folder}: {describe(mesh)}, compiling ...")
         program.compile(state)
         display.start(done)
 
         requests = stack.enter_context(Requests(mesh, config.checkpoint_minutes))
+        stack.enter_context(devices.ending_together())
         for epoch in range(done // program.steps_per_epoch + 1, config.epochs + 1):
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
@@ -134,10 +135,10 @@ def look_at(
     return int(request)
 
 
-def describe_devices() -> str:
+def describe(mesh: Mesh) -> str:
     """The devices of the run, in words."""
-    kind, count = jax.devices()[0].device_kind, jax.device_count()
-    words = kind if count == 1 else f"{count} x {kind}"
+    kind = mesh.devices.flat[0].device_kind
+    words = kind if mesh.size == 1 else f"{mesh.size} x {kind}"
     return words if jax.process_count() == 1 else f"{words} in {jax.process_count()} processes"
 
 
@@ -161,16 +162,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("train.py: stopped before the first step", file=sys.stderr)
         sys.exit(130)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or (config and config.debug):
-            raise
-        print(
-            "train.py: another process of this run has stopped or cannot be reached "
-            f"({str(error).splitlines()[0]}); continue all of them with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # an ordinary exit would wait for the others
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The processes and devices of a run, and where its arrays lie on them."""
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -22,10 +25,40 @@ def start_processes(config: Config) -> None:
     options = (config.coordinator, config.num_processes, config.process_id)
     try:
         jax.distributed.initialize(*options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:
-        # JAX's way of saying that there is no cluster, and this is the only process.
-        if options != (None, None, None) or "coordinator_address" not in str(error):
+    except (ValueError, RuntimeError) as error:
+        # JAX's ways of saying that there is no cluster, or that its arrays are in use already.
+        alone = ("coordinator_address should be defined", "must be called before any JAX calls")
+        if options != (None, None, None) or not any(text in str(error) for text in alone):
             raise
+    if not is_first_process():
+        # Should process 0 die, JAX aborts this one before anything else could be said.
+        print(
+            f"train.py, process {jax.process_index()} of {jax.process_count()}: process 0 shows "
+            "the progress. If another process stops, this one ends as well; then start all of "
+            "them again with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """In a run of several processes, an error ends this one at once, after its message.
+
+    An ordinary exit would wait for the others, which may be gone, or wait for this one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        text = str(error).splitlines()[0]
+        message = f"another process has stopped or cannot be reached ({text})" if lost else text
+        remedy = "; start all processes of the run again, with --resume"
+        print(f"train.py, process {jax.process_index()}: {message}{remedy}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def is_first_process() -> bool:

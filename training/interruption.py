@@ -17,7 +17,7 @@ from training.devices import by_batch, is_first_process, put, replicated
 SAVE = 1
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The run was stopped by a signal, after it had written a checkpoint."""
 
     def __init__(self, signal_number: int, step: int):

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -16,6 +17,14 @@ def blocks():
             title = section.partition("\n")[0]
             for code in re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
                 yield pytest.param(page, code, id=f"{page}: {title}")
+
+
+@pytest.fixture(autouse=True)
+def _compile_faster():
+    """Nearly all the time goes into compiling programs that run for microseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(("page", "code"), [*blocks()])
