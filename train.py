@@ -1,6 +1,7 @@
 """One training run, from the command line: `python train.py --help`."""
 
 import contextlib
+import logging
 import shlex
 import sys
 import time
@@ -67,7 +68,7 @@ def train(config: Config) -> list[Record]:
             )
         if folder:
             folder.begin(done // program.steps_per_epoch)
-            stack.callback(folder.close)
+            stack.enter_context(folder)
         display.say(f"{config.folder}: {describe(mesh)}, compiling ...")
         program.compile(state)
         display.start(done)
@@ -146,6 +147,8 @@ def main() -> None:
     config = None
     try:
         config = parse()
+        if not config.debug:  # Orbax logs errors with their tracebacks, and raises them as well
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
         devices.start_processes(config)
         train(config)
     except (ValueError, OSError, CheckpointError, NotFinite) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -137,7 +138,7 @@ def test_a_second_run_into_the_same_folder_touches_nothing(run):
     assert done.stdout == ""
     assert done.stderr == (
         f"train.py: {config.out} exists already and is left as it is; "
-        "give another folder with --out, or remove it\n"
+        "continue it with --resume, give another folder with --out, or remove it\n"
     )
     assert {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")} == before
 
@@ -178,13 +179,33 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
     ("args", "message"),
     [
         (["--batch-size", "2000"], "--batch-size is 2000, more than the 1437 training images"),
+        (["--model", "resnet21"], "--model is 'resnet21'; did you mean 'resnet20'"),
+        (["--method=zscoer"], "--method is 'zscoer'; did you mean 'zscore'"),
+        (["--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
         (["--train-size", "3"], "a training subset of 3 images is not possible"),
-        (["--learning-rate", "nan"], "--learning-rate is nan; it must be finite and at least 0"),
+        (["--learning-rate", "nan"], "--learning-rate is nan; it must be finite and positive"),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *args, "--out", str(tmp_path / "run")])
-    with pytest.raises(SystemExit, match=f"^train.py: {message}") as error:
+    with pytest.raises(SystemExit, match=re.escape(f"train.py: {message}")) as error:
         train.main()
     assert "\n" not in str(error.value.code)
     assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    args = ["--learning-rate", "nan", "--debug", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(ValueError, match="--learning-rate is nan"):
+        train.main()
+
+
+def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    for out, message in [(path, "exists already"), (path / "run", "cannot be written: Not a dir")]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out)])
+        with pytest.raises(SystemExit, match=message):
+            train.main()
+    assert path.read_text() == "precious"

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written in the background, complete or not there at all."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -100,9 +101,14 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None:
+        try:
             self.wait()
-        self._checkpointer.close()
+        except CheckpointError:
+            if error is None:
+                raise
+        finally:
+            with contextlib.suppress(Exception):  # what went wrong has been said
+                self._checkpointer.close()
 
     def _write_error(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(

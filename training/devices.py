@@ -52,11 +52,11 @@ def ending_together() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        text = str(error).splitlines()[0]
-        message = f"another process has stopped or cannot be reached ({text})" if lost else text
-        remedy = "; start all processes of the run again, with --resume"
-        print(f"train.py, process {jax.process_index()}: {message}{remedy}", file=sys.stderr)
+        print(
+            f"train.py, process {jax.process_index()}: {str(error).splitlines()[0]}. Often another "
+            "process has stopped; start all of them again with --resume",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(1)
 

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -26,7 +27,9 @@ from training.record import Record
 
 
 class RunFolder:
-    """The files of one run. In a run of several processes, only the first one has any.
+    """The files of one run; leaving it as a context draws the pictures.
+
+    In a run of several processes, only the first one has any.
 
     Args:
       config: the run's options; `config.folder` is created, or continued with `config.resume`.
@@ -85,13 +88,22 @@ class RunFolder:
                 self._tensorboard.add_scalar(name, value, record["epoch"])
             self._tensorboard.flush()
 
-    def close(self) -> None:
-        """Draws the pictures of the epochs so far."""
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self.records:
-            plots.plot_curves(self.records, self._title, self.path / "curves.png")
-            plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # After another error a picture that cannot be written is not worth a word.
+        with contextlib.suppress(OSError) if error else _explained(self.path):
+            if self._tensorboard:
+                self._tensorboard.close()
+            if self.records:
+                plots.plot_curves(self.records, self._title, self.path / "curves.png")
+                plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
 
     @property
     def _title(self) -> str:

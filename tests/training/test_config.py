@@ -40,6 +40,13 @@ def test_every_option_is_read():
         "data_dir": Path("data"),
         "train_size": 99,
         "out": Path("results"),
+        "resume": True,
+        "checkpoint_minutes": 1.5,
+        "fsdp": True,
+        "coordinator": "localhost:1234",
+        "num_processes": 2,
+        "process_id": 1,
+        "debug": True,
     }
     args = [
         part
@@ -64,7 +71,8 @@ def test_defaults_follow_the_data_set_and_the_optimizer():
         ("epochs", 0),
         ("batch_size", -1),
         ("learning_rate", float("nan")),
-        ("learning_rate", -0.1),
+        ("learning_rate", 0.0),
+        ("checkpoint_minutes", -1.0),
         ("weight_decay", float("inf")),
         ("label_smoothing", 1.5),
         ("cutmix_probability", -0.5),
