@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shlex
 import sys
 import time
 from collections import deque
@@ -116,7 +115,7 @@ def train(config: Config) -> list[Record]:
                 checkpoints.save(last, state)
             if stop:
                 checkpoints.wait()
-                raise Interrupted(stop, done)
+                raise Interrupted(stop, done, config.folder)
 
         save_model(config.folder, state.params, state.batch_stats)
         display.say(f"{config.folder} holds the records, the pictures and the parameters")
@@ -144,27 +143,23 @@ def describe(mesh: Mesh) -> str:
 
 
 def main() -> None:
-    config = None
+    debug = "--debug" in sys.argv
+    if not debug:  # Orbax logs errors with their tracebacks, and raises them as well
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         config = parse()
-        if not config.debug:  # Orbax logs errors with their tracebacks, and raises them as well
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
         devices.start_processes(config)
         train(config)
-    except (ValueError, OSError, CheckpointError, NotFinite) as error:
-        if config and config.debug:
-            raise
-        sys.exit(f"train.py: {error}")
     except Interrupted as error:
-        folder = shlex.quote(str(config.folder)) if config else ""
-        print(
-            f"train.py: {error}; continue with: python train.py --resume --out {folder}",
-            file=sys.stderr,
-        )
+        print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("train.py: stopped before the first step", file=sys.stderr)
         sys.exit(130)
+    except (ValueError, OSError, CheckpointError, NotFinite) as error:
+        if debug:
+            raise
+        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def recipe(dataset: Dataset = "digits", optimizer: Optimizer = "adamw") -> Confi
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
-    """Reads the command line.
+    """Reads the command line; raises ValueError for an impossible option.
 
     `--help` shows the defaults of the chosen data set and optimizer; with `--resume`, options that
     are not given are those of the run that is continued.
@@ -177,6 +177,7 @@ def parse(args: Sequence[str] | None = None) -> Config:
         alone = {"coordinator": None, "num_processes": None, "process_id": None, "debug": False}
         begun = dataclasses.replace(load(config.folder), out=config.folder, **alone)
         config = tyro.cli(Config, args=args, default=begun)
+    config.validate()
     return config
 
 

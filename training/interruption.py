@@ -1,8 +1,10 @@
 """Requests that reach a run from outside: stop, or write a checkpoint."""
 
 import os
+import shlex
 import signal
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -20,9 +22,11 @@ SAVE = 1
 class Interrupted(BaseException):
     """The run was stopped by a signal, after it had written a checkpoint."""
 
-    def __init__(self, signal_number: int, step: int):
-        name = signal.Signals(signal_number).name
-        super().__init__(f"{name}: stopped after step {step}, which a checkpoint holds")
+    def __init__(self, signal_number: int, step: int, folder: Path):
+        super().__init__(
+            f"{signal.Signals(signal_number).name}: stopped after step {step}, which a checkpoint "
+            f"holds; continue with: python train.py --resume --out {shlex.quote(str(folder))}"
+        )
         self.exit_code = 128 + signal_number
 
 

@@ -49,10 +49,10 @@ def test_every_option_is_read():
         "debug": True,
     }
     args = [
-        part
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in changed.items()
-        for part in (f"--{name.replace('_', '-')}", str(value))
     ]
+    assert set(changed) == {field.name for field in dataclasses.fields(Config)}
     assert dataclasses.asdict(parse(args)) == changed
 
 

@@ -1,0 +1,31 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, sys
+os.sched_getaffinity = lambda _: {0, 1, 2, 3}
+import jax
+from training import cpu
+cpu.use_cores(int(sys.argv[1]))
+print(jax.local_device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "variables", "devices"),
+    [
+        (256, {}, 4),
+        (6, {}, 3),
+        (7, {}, 1),
+        (256, {"JAX_NUM_CPU_DEVICES": "2"}, 2),
+        (256, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, 2),
+    ],
+)
+def test_number_of_devices(batch_size, variables, devices):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables
+    command = [sys.executable, "-c", SCRIPT, str(batch_size)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == devices
