@@ -103,7 +103,7 @@ class Row(NamedTuple):
 
 
 def measure(name: TreeName, methods: list[str], repeats: int) -> tuple[int, int, list[Row]]:
-    """The numbers of entries and leaves, and each method's times, taken in turns so that drift hits all."""
+    """Numbers of entries and leaves, and times, the methods taking turns so that drift hits all."""
     shapes = shapes_of(name)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     grads = {

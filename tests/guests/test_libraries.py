@@ -118,6 +118,23 @@ def test_parameters_move_as_the_paper_says(run):
             assert np.abs(moved).max() > 1e-3
 
 
+def test_nnx_paths_end_in_the_name_of_the_parameter():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    seen = {}
+
+    def layer_axes(path, leaf):
+        seen[tuple(key.key for key in path)] = leaf.shape
+        return tuple(range(leaf.ndim)) if path[-1].key == "kernel" else None
+
+    optimizer = nnx.Optimizer(model, autoscale(layer_axes=layer_axes), wrt=nnx.Param)
+    before = model.query.bias[...] + 0
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert seen["query", "bias"] == (2, 2)
+    np.testing.assert_array_equal(model.query.bias[...], before + 1)
+    np.testing.assert_array_equal(optax.tree.get(optimizer.opt_state, "global_std")[...], 0)
+
+
 def grads_and_params():
     grads = {"base": {"w": 10 * X}, "adapter": {"w": X[:3] / 10}}
     return grads, jax.tree.map(jnp.zeros_like, grads)

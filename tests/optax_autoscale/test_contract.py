@@ -204,7 +204,7 @@ def test_buffers_can_be_donated():
     assert len({leaf.unsafe_buffer_pointer() for leaf in state}) == len(state)
     update = jax.jit(tx.update, donate_argnums=(0, 1))
     _, state = update(jax.tree.map(jnp.copy, grads), state, params)
-    updates, _ = update(grads, state, params)
+    updates, _ = update(jax.tree.map(jnp.copy, grads), state, params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
