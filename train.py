@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from training import data, devices
+from training import cpu, data, devices
 from training.checkpoints import CheckpointError, Checkpoints
 from training.config import Config, check_continues, parse
 from training.display import Display
@@ -148,6 +148,7 @@ def main() -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         config = parse()
+        cpu.use_cores(config.batch_size)
         devices.start_processes(config)
         train(config)
     except Interrupted as error:

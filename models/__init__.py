@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from models.resnet import ResNet, resnet8, resnet20, resnet56
+from models.resnet import ResNet, resnet8, resnet20, resnet56, resnet110
 from models.vgg import VGG, vgg16_bn, vgg_tiny
 
 # What `train.py` offers by name.
@@ -19,6 +19,7 @@ __all__ = [
     "resnet8",
     "resnet20",
     "resnet56",
+    "resnet110",
     "vgg16_bn",
     "vgg_tiny",
 ]

@@ -1,9 +1,43 @@
 """What the two families share: a convolution with its batch normalisation."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+
+from models.cpu import materialized, materialized_gradient
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`nnx.BatchNorm` over the last axis, as one product and one sum per entry.
+
+    Differentiated in that form it keeps its input alone, and reads its gradient for two sums: that
+    of `g` and that of `g * x`.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        x = x.astype(jnp.float32)
+        if use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = x.mean(axes, where=mask)
+            var = jnp.maximum(0, (x * x).mean(axes, where=mask) - mean * mean)
+            self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean
+            self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * var
+        assert self.scale is not None
+        assert self.bias is not None
+        scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
+        return (x * scale + (self.bias[...] - mean * scale)).astype(self.dtype)
 
 
 class ConvNorm(nnx.Module):
@@ -48,7 +82,8 @@ class ConvNorm(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = nnx.BatchNorm(out_features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.norm = BatchNorm(out_features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.conv(x))
+        kernel = self.conv.kernel[...]
+        return self.norm(materialized_gradient(self.conv(materialized(x, kernel)), kernel))

@@ -139,3 +139,4 @@ class ResNet(nnx.Module):
 resnet8 = partial(ResNet, blocks=1)  # for tests, with narrow `widths`
 resnet20 = partial(ResNet, blocks=3)
 resnet56 = partial(ResNet, blocks=9)
+resnet110 = partial(ResNet, blocks=18)

@@ -7,18 +7,19 @@ import jax
 
 
 def use_cores(batch_size: int) -> None:
-    """Makes the CPU appear as several devices, between which a step splits its batch.
+    """Makes a CPU of several cores appear as two devices, between which a step splits its batch.
 
-    XLA keeps one device's cores idle while it runs what it has not made parallel. Call it before
-    JAX is first used. Nothing changes where the number of devices was chosen already, by
-    `jax_num_cpu_devices` or in `XLA_FLAGS`, or where the computation is on another device.
+    XLA keeps one device's cores idle while it runs what it has not made parallel; more than two
+    devices would each hold the data once more. Call it before JAX is first used. Nothing changes
+    where the number of devices was chosen already, by `jax_num_cpu_devices` or in `XLA_FLAGS`, or
+    where the computation is on another device.
 
     Args:
-      batch_size: the number of devices divides it; it is at most the number of cores.
+      batch_size: where it is odd, nothing changes either.
     """
     chosen = cast(Any, jax.config).jax_num_cpu_devices != -1
     if chosen or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = max(n for n in range(1, (cores or 1) + 1) if batch_size % n == 0)
-    jax.config.update("jax_num_cpu_devices", count)
+    if (cores or 1) > 1 and batch_size % 2 == 0:
+        jax.config.update("jax_num_cpu_devices", 2)

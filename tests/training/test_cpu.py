@@ -17,11 +17,10 @@ print(jax.local_device_count())
 @pytest.mark.parametrize(
     ("batch_size", "variables", "devices"),
     [
-        (256, {}, 4),
-        (6, {}, 3),
+        (256, {}, 2),
         (7, {}, 1),
-        (256, {"JAX_NUM_CPU_DEVICES": "2"}, 2),
-        (256, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, 2),
+        (256, {"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        (256, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
     ],
 )
 def test_number_of_devices(batch_size, variables, devices):

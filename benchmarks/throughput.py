@@ -1,0 +1,276 @@
+"""Images per second of our training step and of PyTorch's, and where our time goes.
+
+    python benchmarks/throughput.py             # our step, its parts and PyTorch's, by turns
+    python benchmarks/throughput.py --growth    # against batch size, depth and devices
+
+PyTorch is measured where it is installed: `pip install -e '.[train,benchmark]'`. Its step has no
+augmentation and finds its batch in place; ours includes all of that.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import MODELS, resnet110
+from training import steps
+from training.augmentation import cutmix, normalize, random_crop, random_flip
+from training.config import recipe
+from training.data import Dataset
+from training.optimizers import METHODS, make_optimizer
+
+NUM_IMAGES = 4096
+BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measures the training step on random images of CIFAR's size."""
+
+    model: str = "resnet20"
+    """resnet20, resnet56, resnet110 or vgg16_bn."""
+    batch_size: int = 256
+    """Images per step."""
+    repeats: int = 11
+    """Timed steps of each kind, taken by turns."""
+    growth: bool = False
+    """Vary batch size, depth and number of devices instead."""
+    json: Path | None = None
+    """File to which each line of the table is appended as JSON."""
+
+
+@dataclasses.dataclass
+class Case:
+    """Something to time."""
+
+    name: str
+    images: int  # processed by one call
+    run: Callable[[], object]  # returns when the work is done
+    mebibytes: float | None = None  # the arrays of all devices, at the peak
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def random_data() -> Dataset:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (NUM_IMAGES, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 100, NUM_IMAGES, dtype=np.int32)
+    return Dataset(images, labels, images[:1], labels[:1], 100, (0.5,) * 3, (0.25,) * 3)
+
+
+def make_model(name: str) -> nnx.Module:
+    constructor = {**MODELS, "resnet110": resnet110}[name]
+    return constructor(num_classes=100, rngs=nnx.Rngs(0))
+
+
+def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Case:
+    config = dataclasses.replace(recipe("cifar100"), batch_size=batch_size)
+    devices = np.array(jax.devices()[:num_devices])
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    model, tx = make_model(name), make_optimizer(config, NUM_IMAGES // batch_size)
+    order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
+    state, *inputs = jax.device_put(
+        (steps.init_state(model, tx), data.train_images, data.train_labels, order), everywhere
+    )
+    train_step = jax.jit(
+        steps.make_train_step(model, tx, config, data, split),
+        donate_argnums=0,
+        out_shardings=everywhere,
+    )
+    train_step = train_step.lower(state, *inputs).compile()
+
+    def run() -> None:
+        nonlocal state
+        state, measured = train_step(state, *inputs)
+        jax.block_until_ready((state, measured))
+
+    memory = cast(Any, train_step.memory_analysis())
+    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    size += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    devices_text = f"{num_devices} device" + "s" * (num_devices > 1)
+    name = f"{name}, batch {batch_size}, {devices_text}"
+    return Case(name, batch_size, run, size * num_devices / 2**20)
+
+
+def parts(name: str, batch_size: int, data: Dataset) -> list[Case]:
+    """The step in pieces, on one device; XLA fuses across them when it compiles them together."""
+    config = dataclasses.replace(recipe("cifar100"), batch_size=batch_size)
+    model = make_model(name)
+    graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    method = METHODS[config.method]()
+    optimizer = make_optimizer(dataclasses.replace(config, method="adamw"), 1)
+    images, labels = jax.device_put((data.train_images, data.train_labels))
+    order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
+
+    @jax.jit
+    def batch(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        crop_key, flip_key, mix_key = jax.random.split(key, 3)
+        chosen = order[:batch_size]
+        x = random_flip(flip_key, random_crop(crop_key, images[chosen], 4))
+        y = optax.smooth_labels(jax.nn.one_hot(labels[chosen], 100), 0.1)
+        x, y = cutmix(mix_key, x, y, 1.0)
+        return normalize(x, data.mean, data.std), y
+
+    @jax.jit
+    def gradients(params: nnx.State, x: jax.Array, y: jax.Array) -> Any:
+        def loss_fn(params: nnx.State) -> tuple[jax.Array, nnx.State]:
+            network = nnx.merge(graph, params, batch_stats, copy=True)
+            loss = optax.softmax_cross_entropy(cast(Any, network)(x), y).mean()
+            return loss, nnx.state(network, nnx.BatchStat)
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    @jax.jit
+    def optimize(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    transform = jax.jit(method.update)
+    key = jax.random.key(0)
+    x, y = batch(key)
+    grads = gradients(params, x, y)[1]
+    method_state, state = method.init(params), optimizer.init(params)
+    pieces: dict[str, Callable[[], object]] = {
+        "data": lambda: batch(key),
+        "forward and backward": lambda: gradients(params, x, y),
+        "transformation": lambda: transform(grads, method_state, params),
+        "optimizer": lambda: optimize(grads, state, params),
+    }
+    return [
+        Case(f"  of which {name}", batch_size, lambda run=run: jax.block_until_ready(run()))
+        for name, run in pieces.items()
+    ]
+
+
+def torch_step(name: str, batch_size: int) -> Case:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, before: int, after: int, stride: int):
+            super().__init__()
+            self.stride, self.pad = stride, (after - before) // 2
+            self.first = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+            self.second = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+            self.norms = nn.ModuleList([nn.BatchNorm2d(after), nn.BatchNorm2d(after)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
+            if self.stride > 1 or self.pad:
+                x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+            return F.relu(y + x)
+
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    before = 16
+    for after in (16, 32, 64):
+        for index in range(BLOCKS[name]):
+            layers.append(Block(before, after, 2 if index == 0 and after > 16 else 1))
+            before = after
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100)]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = nn.Sequential(*layers).to(device)
+    model = cast(Any, model).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=5e-5)
+    x = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(100, (batch_size,), device=device)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return Case(f"PyTorch {torch.__version__}", batch_size, run)
+
+
+def measure(cases: list[Case], repeats: int) -> None:
+    """Runs the cases by turns, so that whatever else the machine does meets all of them."""
+    for case in cases:
+        case.run()
+        case.run()
+    for _ in range(repeats):
+        for case in cases:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            case.run()
+            case.seconds.append(time.perf_counter() - start)
+            case.cpu_seconds.append(time.process_time() - cpu_start)
+
+
+def report(cases: list[Case], options: Options) -> None:
+    print(f"{'':44} {'ms':>8} {'quartiles':>15} {'images/s':>9} {'CPU ms':>8} {'MiB':>7}")
+    for case in cases:
+        low, median, high = 1000 * np.percentile(case.seconds, [25, 50, 75])
+        cpu = 1000 * float(np.median(case.cpu_seconds))
+        rate = 1000 * case.images / median
+        size = "" if case.mebibytes is None else f"{case.mebibytes:.0f}"
+        spread = f"{low:.1f}-{high:.1f}"
+        print(f"{case.name:44} {median:8.1f} {spread:>15} {rate:9.0f} {cpu:8.1f} {size:>7}")
+        if options.json is not None:
+            line = {
+                "case": case.name.strip(),
+                "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind,
+                "images": case.images,
+                "mebibytes": case.mebibytes,
+                "seconds": case.seconds,
+                "cpu_seconds": case.cpu_seconds,
+            }
+            with options.json.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    most = jax.local_device_count()
+    data = random_data()
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, "
+        f"{len(os.sched_getaffinity(0))} cores, n = {options.repeats}"
+    )
+    name, batch_size = options.model, options.batch_size
+    if options.growth:
+        settings = [
+            *((name, size, 1) for size in (64, 128, 256)),
+            *((name, size, most) for size in (64, 128, 256) if most > 1),
+            *((deeper, 128, 1) for deeper in ("resnet56", "resnet110")),
+        ]
+        cases = [our_step(*setting, data) for setting in settings]
+    else:
+        cases = [our_step(name, batch_size, 1, data)]
+        if most > 1:
+            cases.append(our_step(name, batch_size, most, data))
+        cases += parts(name, batch_size, data)
+        if name not in BLOCKS:
+            print("The comparison with PyTorch is of ResNets only.")
+        elif find_spec("torch") is None:
+            print("PyTorch is not installed and was left out.")
+        else:
+            cases.append(torch_step(name, batch_size))
+    measure(cases, options.repeats)
+    report(cases, options)
+
+
+if __name__ == "__main__":
+    main()
