@@ -94,5 +94,5 @@ def _finish(figure: Figure, title: str, path: Path) -> None:
     for axes in figure.axes:
         if axes.get_title():
             axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.savefig(path)
