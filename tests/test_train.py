@@ -60,7 +60,9 @@ def test_metrics(run):
     assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8)]
     for record in records:
         assert np.isfinite(list(record["layer_std"].values())).all()
-        assert len(record["layer_std"]) == 20
+        layers = list(record["layer_std"])
+        assert len(layers) == 20
+        assert (layers[0], layers[-1]) == ("stem/conv/kernel", "classifier/kernel")
         assert record["exponent"] in (1, 2)
         assert record["learning_rate"] == pytest.approx(1e-3)
         assert record["images_per_second"] * record["seconds"] > 4 * 64

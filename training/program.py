@@ -59,7 +59,14 @@ class Program:
 
         everywhere, split = devices.replicated(mesh), devices.by_batch(mesh)
         place = devices.state_shardings(jax.eval_shape(first_state), mesh, fsdp=config.fsdp)
-        self._model = model = nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(config.seed)))
+        self._attributes: list[str] = []
+
+        def structure() -> nnx.Module:
+            model = make_model(rngs=nnx.Rngs(config.seed))
+            self._attributes = list(vars(model))  # `eval_shape` sorts them
+            return model
+
+        model = nnx.eval_shape(structure)
         self._train_data = (
             devices.put(dataset.train_images, everywhere),
             devices.put(dataset.train_labels, everywhere),
@@ -107,7 +114,7 @@ class Program:
 
     def epoch_means(self, state: steps.TrainState) -> dict[str, Any]:
         """The statistics of the epoch that the state is at the end of; see `steps.epoch_means`."""
-        return steps.epoch_means(state, self._model, self.steps_per_epoch)
+        return steps.epoch_means(state, self._attributes, self.steps_per_epoch)
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 1."""

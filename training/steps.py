@@ -1,6 +1,6 @@
 """The state of a run, and the compiled functions that act on it; data stay on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -43,12 +43,12 @@ def measure(loss: jax.Array, grads: nnx.State, opt_state: optax.OptState) -> dic
     }
 
 
-def epoch_means(state: TrainState, model: nnx.Module, steps: int) -> dict[str, Any]:
+def epoch_means(state: TrainState, attributes: Sequence[str], steps: int) -> dict[str, Any]:
     """The means over an epoch's steps of what `measure` gives, and the exponent at its end.
 
     Args:
       state: the state after the epoch's last step.
-      model: its attributes, in the order of their definition, give the order of the layers.
+      attributes: the model's, in the order from its input to its output.
       steps: the number of steps in the epoch.
 
     Returns:
@@ -60,8 +60,7 @@ def epoch_means(state: TrainState, model: nnx.Module, steps: int) -> dict[str, A
     )
     layers, _ = jax.tree_util.tree_flatten_with_path(totals.pop("layer_std"))
     paths = {tuple(key.key for key in path if hasattr(key, "key")): std for path, std in layers}
-    top_level = list(vars(model))
-    ordered = sorted(paths, key=lambda path: (top_level.index(path[0]), *path[1:]))
+    ordered = sorted(paths, key=lambda path: (attributes.index(path[0]), *path[1:]))
     return {
         **{name: None if total is None else float(total) / steps for name, total in totals.items()},
         "exponent": None if exponent is None else int(exponent),

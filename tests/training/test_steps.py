@@ -75,7 +75,7 @@ def test_epochs_are_permutations_keyed_by_seed_and_epoch():
 
 def test_recorded_statistics_are_means_over_the_epochs_steps():
     state, history = run(epochs=2)
-    means = steps.epoch_means(state, make_model(), STEPS)
+    means = steps.epoch_means(state, list(vars(make_model())), STEPS)
     second = history[STEPS:]
     np.testing.assert_allclose(means["train_loss"], second[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(means["global_std"], second[:, 1].mean(), rtol=1e-5)
@@ -89,7 +89,7 @@ def test_recorded_statistics_are_means_over_the_epochs_steps():
 
 def test_layers_are_listed_from_input_to_output():
     state, _ = run()
-    layers = list(steps.epoch_means(state, make_model(), STEPS)["layer_std"])
+    layers = list(steps.epoch_means(state, list(vars(make_model())), STEPS)["layer_std"])
     assert layers[0] == "stem/conv/kernel"
     assert layers[1:3] == ["stages/0/0/first/conv/kernel", "stages/0/0/second/conv/kernel"]
     assert layers[-1] == "classifier/kernel"
@@ -128,7 +128,7 @@ def test_every_method_records_the_raw_gradients(method):
     expected_loss, grads = first_gradients()
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(global_std, oracle.global_std(jax.tree.leaves(grads)), rtol=1e-4)
-    means = steps.epoch_means(state, make_model(), 1)
+    means = steps.epoch_means(state, list(vars(make_model())), 1)
     assert (means["scale_factor"] is None) == (method != "autoscale")
     assert (means["exponent"] is None) == (method != "autoscale")
     kernel = oracle.float64(grads["classifier"]["kernel"][...])
