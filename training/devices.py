@@ -119,7 +119,7 @@ def on_first_process(make: Callable[[], T]) -> T | None:
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
         if failed and error is None:
-            raise RuntimeError("process 0 could not start the run; its own message says why")
+            raise OSError("process 0 could not start the run; its own message says why")
     if error is not None:
         raise error
     return result
