@@ -22,7 +22,7 @@ class Config:
 
     dataset: Dataset = "digits"
     """Data set. CIFAR is looked for in --data-dir, and downloaded there where it is missing."""
-    model: Literal["resnet20", "resnet56", "vgg16_bn"] = "resnet20"
+    model: Literal["resnet20", "resnet56", "vgg16_bn", "vit"] = "resnet20"
     """Network."""
     method: Literal[
         "adamw",
@@ -31,9 +31,16 @@ class Config:
         "gradient_normalization",
         "zscore",
         "clip",
+        "centering",
+        "scaling",
+        "constant",
+        "autoscale_p1",
+        "autoscale_p2",
+        "autoscale_max1",
     ] = "autoscale"
     """What is done to the gradients in front of the optimizer. adamw: nothing; clip: their global
-    norm is clipped at 1."""
+    norm is clipped at 1; from centering on, autoscale in parts: its centring alone, its scaling
+    alone, centring with a constant factor of 0.4, with the exponent fixed, with max_scale=1."""
     optimizer: Optimizer = "adamw"
     """Optimizer. sgd has a momentum of 0.9."""
     epochs: int = 20
@@ -41,7 +48,9 @@ class Config:
     batch_size: int = 64
     """Images per step. The images left over at the end of an epoch wait for a later one."""
     learning_rate: float = 1e-3
-    """Learning rate at the start; every 30 epochs it is multiplied by 0.75."""
+    """Learning rate at the start."""
+    decay_epochs: float = 30.0
+    """Number of epochs after which the learning rate is multiplied by 0.75, again and again."""
     weight_decay: float = 5e-5
     """Weight decay: AdamW's decoupled one, or the L2 penalty's gradient of sgd."""
     label_smoothing: float = 0.1
@@ -86,6 +95,7 @@ class Config:
             "epochs": (lambda value: value >= 1, "positive"),
             "batch_size": (lambda value: value >= 1, "positive"),
             "learning_rate": (lambda value: value > 0, "positive"),
+            "decay_epochs": (lambda value: value > 0, "positive"),
             "weight_decay": (lambda value: value >= 0, "0 or positive"),
             "label_smoothing": (lambda value: 0 <= value <= 1, "between 0 and 1"),
             "cutmix_probability": (lambda value: 0 <= value <= 1, "between 0 and 1"),

@@ -3,10 +3,22 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax.numpy as jnp
 import optax
 
 import optax_autoscale
 from training.config import Config
+
+
+def fixed_exponent(exponent: int) -> optax.GradientTransformation:
+    """`autoscale` whose exponent was decided before the first step."""
+    tx = optax_autoscale.autoscale()
+
+    def init(params: optax.Params) -> optax_autoscale.AutoscaleState:
+        return tx.init(params)._replace(exponent=jnp.int32(exponent))
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
+
 
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": optax.identity,
@@ -15,13 +27,20 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "gradient_normalization": optax_autoscale.gradient_normalization,
     "zscore": optax_autoscale.zscore_normalization,
     "clip": partial(optax.clip_by_global_norm, 1.0),
+    "centering": optax_autoscale.center_layers,
+    "scaling": optax_autoscale.scale_by_global_std,
+    "constant": lambda: optax.chain(optax.scale(0.4), optax_autoscale.center_layers()),
+    "autoscale_p1": partial(fixed_exponent, 1),
+    "autoscale_p2": partial(fixed_exponent, 2),
+    "autoscale_max1": partial(optax_autoscale.autoscale, max_scale=1.0),
 }
 
 
 def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """The paper's step decay, from steps to learning rates: times 0.75 every 30 epochs."""
+    transition_steps = max(1, round(config.decay_epochs * steps_per_epoch))
     return optax.exponential_decay(
-        config.learning_rate, transition_steps=30 * steps_per_epoch, decay_rate=0.75, staircase=True
+        config.learning_rate, transition_steps, decay_rate=0.75, staircase=True
     )
 
 

@@ -54,11 +54,14 @@ class Program:
         )
         tx = make_optimizer(config, self.steps_per_epoch)
 
-        def first_state() -> steps.TrainState:
-            return steps.init_state(make_model(rngs=nnx.Rngs(config.seed)), tx)
+        # An argument, as constants would make another program of each seed.
+        seed = np.uint32(config.seed)
+
+        def first_state(seed: jax.Array) -> steps.TrainState:
+            return steps.init_state(make_model(rngs=nnx.Rngs(jax.random.key(seed))), tx, seed)
 
         everywhere, split = devices.replicated(mesh), devices.by_batch(mesh)
-        place = devices.state_shardings(jax.eval_shape(first_state), mesh, fsdp=config.fsdp)
+        place = devices.state_shardings(jax.eval_shape(first_state, seed), mesh, fsdp=config.fsdp)
         self._attributes: list[str] = []
 
         def structure() -> nnx.Module:
@@ -75,11 +78,9 @@ class Program:
             devices.put(dataset.test_images, everywhere),
             devices.put(dataset.test_labels, everywhere),
         )
-        self.first_state = jax.jit(first_state, out_shardings=place)
-        self.epoch_order = jax.jit(
-            lambda epoch: steps.epoch_order(config.seed, epoch, num_images),
-            out_shardings=everywhere,
-        )
+        self.first_state = partial(jax.jit(first_state, out_shardings=place), seed)
+        order = jax.jit(partial(steps.epoch_order, num_images=num_images), out_shardings=everywhere)
+        self.epoch_order = partial(order, seed)
         self._train_step: Any = jax.jit(
             steps.make_train_step(model, tx, config, dataset, split),
             donate_argnums=0,

@@ -19,18 +19,21 @@ class TrainState(NamedTuple):
     """All that changes from step to step."""
 
     step: jax.Array  # steps taken; shape=(), dtype=int32
+    seed: jax.Array  # of everything random; with `step` it is the random state; () and uint32
     params: nnx.State
     batch_stats: nnx.State
     opt_state: optax.OptState
     totals: dict[str, Any]  # the epoch's sums so far of what `measure` gives
 
 
-def init_state(model: nnx.Module, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    model: nnx.Module, tx: optax.GradientTransformation, seed: jax.typing.ArrayLike
+) -> TrainState:
     """The state before the first step."""
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     opt_state = tx.init(params)
     totals = jax.tree.map(jnp.zeros_like, measure(jnp.float32(0), params, opt_state))
-    return TrainState(jnp.int32(0), params, batch_stats, opt_state, totals)
+    return TrainState(jnp.int32(0), jnp.uint32(seed), params, batch_stats, opt_state, totals)
 
 
 def measure(loss: jax.Array, grads: nnx.State, opt_state: optax.OptState) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def epoch_means(state: TrainState, attributes: Sequence[str], steps: int) -> dic
     }
 
 
-def epoch_order(seed: int, epoch: jax.Array, num_images: int) -> jax.Array:
+def epoch_order(seed: jax.typing.ArrayLike, epoch: jax.Array, num_images: int) -> jax.Array:
     """The order of the training images in an epoch: a permutation of shape `(num_images,)`."""
     key = jax.random.fold_in(jax.random.key(seed), epoch)
     return jax.random.permutation(key, num_images)
@@ -102,12 +105,12 @@ def make_train_step(
     padding = image_size // 8
 
     def augmented_batch(
-        step: jax.Array, images: jax.Array, labels: jax.Array, order: jax.Array
+        state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         # Another stream than that of the epochs' orders.
-        stream = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-        crop_key, flip_key, mix_key = jax.random.split(jax.random.fold_in(stream, step), 3)
-        start = step % steps_per_epoch * config.batch_size
+        stream = jax.random.fold_in(jax.random.key(state.seed), 2**31)
+        crop_key, flip_key, mix_key = jax.random.split(jax.random.fold_in(stream, state.step), 3)
+        start = state.step % steps_per_epoch * config.batch_size
         chosen = jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)
         chosen = jax.lax.with_sharding_constraint(chosen, batch_sharding)
         x = random_crop(crop_key, images[chosen], padding)
@@ -121,7 +124,7 @@ def make_train_step(
     def train_step(
         state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
     ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-        x, y = augmented_batch(state.step, images, labels, order)
+        x, y = augmented_batch(state, images, labels, order)
 
         def loss_fn(params: nnx.State) -> tuple[jax.Array, nnx.State]:
             network = nnx.merge(graph, params, state.batch_stats, copy=True)
@@ -137,7 +140,7 @@ def make_train_step(
         totals = jax.tree.map(
             lambda total, value: jnp.where(first, 0, total) + value, state.totals, measured
         )
-        state = TrainState(state.step + 1, params, batch_stats, opt_state, totals)
+        state = TrainState(state.step + 1, state.seed, params, batch_stats, opt_state, totals)
         return state, (loss, measured["global_std"])
 
     return train_step

@@ -46,7 +46,7 @@ def compiled(config: Config):
     model, tx = make_model(config), make_optimizer(config, STEPS)
     alone = SingleDeviceSharding(jax.devices()[0])
     train_step = jax.jit(steps.make_train_step(model, tx, config, DATA, alone))
-    return steps.init_state(model, tx), train_step
+    return steps.init_state(model, tx, config.seed), train_step
 
 
 @functools.cache
