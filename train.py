@@ -149,6 +149,7 @@ def main() -> None:
     try:
         config = parse()
         cpu.use_cores(config.batch_size)
+        cpu.keep_memory()
         devices.start_processes(config)
         train(config)
     except Interrupted as error:

@@ -1,6 +1,8 @@
-"""How a run uses the cores of a CPU."""
+"""How a run uses the cores and the memory of a CPU."""
 
+import ctypes
 import os
+import platform
 from typing import Any, cast
 
 import jax
@@ -23,3 +25,20 @@ def use_cores(batch_size: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if (cores or 1) > 1 and batch_size % 2 == 0:
         jax.config.update("jax_num_cpu_devices", 2)
+
+
+def keep_memory() -> None:
+    """Keeps freed memory for the next step, where the C library is glibc.
+
+    XLA allocates the temporary arrays of a step at its start and frees them at its end. glibc would
+    return blocks of that size to the system, which then fills every page with zeros again. Call it
+    before JAX is first used.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    # The options' numbers are those of malloc.h. Other arenas would map their large blocks anyway.
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    libc.mallopt(m_arena_max, 1)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
