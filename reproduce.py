@@ -8,6 +8,7 @@ import signal
 import statistics
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -167,7 +168,7 @@ def left(missing: list[Config], done: dict[str, Run]) -> str:
 
 
 @contextlib.contextmanager
-def time_limit(hours: float | None):  # noqa: ANN201
+def time_limit(hours: float | None) -> Iterator[None]:
     """Sends this process SIGTERM when the time is up; a run then writes a checkpoint first."""
 
     def stop(number: int, frame: FrameType | None) -> None:

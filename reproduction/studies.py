@@ -86,7 +86,7 @@ STUDIES = {
     "vit": Study(
         "A Vision Transformer",
         DIGITS_SCALE,
-        (Grid(DIGITS, ("vit",), TABLE_1, 5),),
+        (Grid(DIGITS, ("vit",), ("adamw", "autoscale"), 5),),
     ),
     "cpu": Study(
         "The paper's comparison on CIFAR-100, as far as a CPU goes",

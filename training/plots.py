@@ -1,6 +1,6 @@
 """The pictures of a run: how it learned, and what its gradients did."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,12 @@ def plot_gradients(records: Sequence[Record], title: str, path: Path) -> None:
         figure = Figure(figsize=(11 if scaled else 8, 3.2), layout="constrained")
         layer_axes, global_axes, *scale_axes = figure.subplots(1, 3 if scaled else 2)
 
-        layers = list(records[-1]["layer_std"])
-        colors = mpl.colormaps["viridis"].resampled(len(layers))
-        for depth, layer in enumerate(layers):
-            values = [record["layer_std"][layer] for record in records]
-            _plot(layer_axes, records, values, colors(depth), markers=len(records) == 1)
+        layers = {
+            layer: [record["layer_std"][layer] for record in records]
+            for layer in records[-1]["layer_std"]
+        }
+        plot_layers(figure, layer_axes, [record["epoch"] for record in records], layers)
         layer_axes.set(title="Layer-wise gradient std", yscale="log")
-        norm = BoundaryNorm(np.arange(0.5, len(layers) + 1), len(layers))
-        figure.colorbar(
-            ScalarMappable(norm, colors),
-            ax=layer_axes,
-            label="layer, from input to output",
-            ticks=MaxNLocator(8, integer=True),
-        )
 
         _plot(global_axes, records, [record["global_std"] for record in records], BLUE)
         global_axes.set(title="Global gradient std $s_t$", yscale="log")
@@ -73,19 +66,39 @@ def plot_gradients(records: Sequence[Record], title: str, path: Path) -> None:
         _finish(figure, title, path)
 
 
+def plot_layers(
+    figure: Figure, axes: Axes, epochs: Sequence[int], layers: Mapping[str, Sequence[float]]
+) -> None:
+    """Draws one curve per layer, coloured by depth, with a colour bar.
+
+    Args:
+      figure: what `axes` belong to.
+      axes: where to draw.
+      epochs: the horizontal axis.
+      layers: the values of each layer by epoch, from the network's input to its output.
+    """
+    colors = mpl.colormaps["viridis"].resampled(len(layers))
+    marker = "o" if len(epochs) == 1 else ""
+    for depth, values in enumerate(layers.values()):
+        axes.plot(epochs, values, marker=marker, color=colors(depth), markersize=3, linewidth=1.2)
+    norm = BoundaryNorm(np.arange(0.5, len(layers) + 1), len(layers))
+    figure.colorbar(
+        ScalarMappable(norm, colors),
+        ax=axes,
+        label="layer, from input to output",
+        ticks=MaxNLocator(8, integer=True),
+    )
+
+
 def _plot(
     axes: Axes,
     records: Sequence[Record],
     values: Sequence[Any],
     color: Any,
     label: str = "",
-    *,
-    markers: bool | None = None,
 ) -> None:
     epochs = [record["epoch"] for record in records]
-    if markers is None:
-        markers = len(epochs) < 30
-    marker = "o" if markers else ""
+    marker = "o" if len(epochs) < 30 else ""
     axes.plot(epochs, values, color=color, label=label, marker=marker, markersize=3, linewidth=1.2)
 
 
