@@ -6,7 +6,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from models.cpu import materialized, materialized_gradient
+from models.cpu import conv_general_dilated
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -79,11 +79,11 @@ class ConvNorm(nnx.Module):
             padding=size // 2,
             use_bias=use_bias,
             kernel_init=kernel_init,
+            conv_general_dilated=conv_general_dilated,
             dtype=dtype,
             rngs=rngs,
         )
         self.norm = BatchNorm(out_features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.conv.kernel[...]
-        return self.norm(materialized_gradient(self.conv(materialized(x, kernel)), kernel))
+        return self.norm(self.conv(x))

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from flax import nnx
 
 from models import resnet8, vgg_tiny
-from models.cpu import materialized, materialized_gradient
+from models.cpu import conv_general_dilated
 from models.layers import ConvNorm
 
 
@@ -33,25 +35,51 @@ def test_a_step_equals_that_of_plain_flax(make, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("function", [materialized, materialized_gradient])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_value_and_gradient_pass_unchanged(function, dtype):
-    x = jnp.arange(6, dtype=dtype).reshape(2, 3)
-    value, vjp = jax.vjp(lambda x: function(x, jnp.ones(3)), x)
-    np.testing.assert_array_equal(value, x)
-    (grad,) = vjp(2 * x)
-    np.testing.assert_array_equal(grad, 2 * x)
-    assert value.dtype == grad.dtype == dtype
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pixels", [(1, 1), (2, 2), (1, 2), (2, 3), (5, 4)])
+def test_convolution_equals_that_of_lax(pixels, stride, size, dtype):
+    image_key, kernel_key, grad_key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(image_key, (3, *pixels, 4), dtype)
+    kernel = jax.random.normal(kernel_key, (size, size, 4, 5), dtype)
+
+    def value_and_gradients(function):
+        y, vjp = jax.vjp(lambda x, kernel: convolve(function, x, kernel, stride), x, kernel)
+        return y, *vjp(jax.random.normal(grad_key, y.shape, dtype))
+
+    ours = value_and_gradients(conv_general_dilated)
+    plain = value_and_gradients(jax.lax.conv_general_dilated)
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype == dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=8 * jnp.finfo(dtype).eps * np.abs(b).max())
 
 
-@pytest.mark.parametrize("function", [materialized, materialized_gradient])
-@pytest.mark.parametrize(("platform", "copies"), [("cpu", True), ("cuda", False), ("tpu", False)])
-def test_other_devices_compute_nothing(function, platform, copies):
-    @jax.jit
-    def value_and_gradient(x, witness, cotangent):
-        value, vjp = jax.vjp(lambda x: function(x, witness), x)
-        return value, vjp(cotangent)
+def convolve(function, x, kernel, stride):
+    padding = [(kernel.shape[0] // 2,) * 2] * 2
+    return function(x, kernel, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    x = jnp.ones((2, 3))
-    text = value_and_gradient.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
-    assert ("stablehlo.compare" in text or "stablehlo.multiply" in text) == copies
+
+@pytest.mark.parametrize("pixels", [2, 8])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_other_devices_compile_the_convolution_of_lax(pixels, platform):
+    x, kernel = jnp.ones((3, pixels, pixels, 4)), jnp.ones((3, 3, 4, 5))
+
+    def operations(function, platform):
+        @jax.jit
+        def value_and_gradients(x, kernel):
+            return jax.value_and_grad(
+                lambda x, kernel: convolve(function, x, kernel, 1).sum(), argnums=(0, 1)
+            )(x, kernel)
+
+        lowered = value_and_gradients.trace(x, kernel).lower(lowering_platforms=(platform,))
+        names = re.findall(r"stablehlo\.\w+", lowered.as_text())
+        # The choice between platforms is made while lowering, and leaves these.
+        ignored = {f"stablehlo.{name}" for name in ("case", "return", "constant")}
+        return {name: names.count(name) for name in set(names) - ignored}
+
+    assert operations(conv_general_dilated, platform) == operations(
+        jax.lax.conv_general_dilated, platform
+    )
+    assert operations(conv_general_dilated, "cpu") != operations(conv_general_dilated, platform)
