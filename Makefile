@@ -1,4 +1,4 @@
-# make train | make test | make lint | make types
+# make train | make test | make test-lowest | make lint | make types | make docs
 # JAX=cuda13 or JAX=tpu installs jax for that accelerator; PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,10 +6,11 @@ JAX ?= cpu
 ARGS ?=
 
 BIN := $(VENV)/bin
+LOWEST := $(VENV)-lowest
 INSTALLED := $(VENV)/.installed-$(JAX)
 JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 
-.PHONY: train test lint types format clean
+.PHONY: train test test-lowest lint types docs format clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -18,21 +19,41 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
+# With the lowest versions that pyproject.toml allows: the library alone with jax and optax, then the
+# tests. Warnings are those of old packages about each other.
+test-lowest: $(INSTALLED)
+	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct .
+	$(LOWEST)/bin/python -I -m optax_autoscale
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
+	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile -W default $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: export PATH := $(abspath $(BIN)):$(PATH)
 types: $(INSTALLED)
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	pyright
+	pyright --verifytypes optax_autoscale --ignoreexternal
+
+docs: $(VENV)/.installed-docs
+	rm -rf docs/_build
+	$(BIN)/sphinx-build --fail-on-warning --nitpicky -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python docs/check_site.py docs/_build/html
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'jax$(JAX_EXTRA)'
+	touch $@
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@

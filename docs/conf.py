@@ -1,0 +1,52 @@
+"""The site: `make docs` builds it, without a network, into `docs/_build/html`."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import optax_autoscale
+
+project = "optax_autoscale"
+author = "The optax_autoscale authors"
+version = release = optax_autoscale.__version__
+html_title = f"{project} {version}"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300  # seconds a cell, for busy machines
+
+# A profile of IPython for the notebooks, so that nobody's own one changes them.
+_profile = Path(__file__).parent / "_build/ipython/profile_default"
+_profile.mkdir(parents=True, exist_ok=True)
+(_profile / "ipython_kernel_config.py").write_text(
+    'c.InlineBackend.figure_formats = {"svg"}\nc.IPKernelApp.log_level = "ERROR"\n'
+)
+os.environ["IPYTHONDIR"] = str(_profile.parent)
+
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # the arguments' kinds are said in words; spelt out, they fill lines
+# Classes of other libraries, to which no link leads without a network.
+nitpick_ignore_regex = [("py:.*", r"(jax|optax)\..*")]
+
+html_theme = "furo"
+pygments_dark_style = "github-dark"
+html_show_copyright = False
+html_show_sphinx = False
+html_copy_source = False
+html_css_files = ["site.css"]
+# MathJax in one file, fonts included, so that formulas need no network.
+_mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
+html_static_path = ["_static", str(_mathjax)]
+mathjax_path = _mathjax.name
+mathjax3_config = {"svg": {"scale": 0.9}}

@@ -1,0 +1,98 @@
+"""The guide's sources hold together; `make docs` builds it, and checks the built site."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+SOURCES = [ROOT / "benchmarks/README.md", *PAGES]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def slug(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for address in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        file, _, anchor = address.partition("#")
+        target = path.parent / file if file else path
+        assert target.is_file(), address
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, titles), address
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_code_compiles(path):
+    blocks = r"^```(?:python|\{code-cell\} python)\n(.*?)^```"
+    for code in re.findall(blocks, path.read_text(), re.DOTALL | re.MULTILINE):
+        code = re.sub(r"^[:%].*", "", code, flags=re.MULTILINE)  # a cell's options, its magic
+        compile(code, path.name, "exec")
+
+
+def test_the_notebook_has_ten_cells():
+    text = (ROOT / "docs/dynamics.md").read_text()
+    assert text.count("```{code-cell}") == 10
+    assert re.findall(r"^\*\*(\d+)\.\*\*", text, re.MULTILINE) == [str(n) for n in range(1, 11)]
+
+
+def test_every_page_is_in_the_contents():
+    contents = (ROOT / "docs/index.md").read_text().partition("```{toctree}")[2]
+    listed = re.findall(r"^(\w+)$", contents, re.MULTILINE)
+    assert sorted(listed) == [page.stem for page in PAGES if page.stem != "index"]
+
+
+def test_the_api_page_has_every_public_name():
+    import optax_autoscale
+
+    documented = re.findall(r"^\.\. auto\w+:: (\w+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    assert sorted(documented) == sorted(optax_autoscale.__all__)
+
+
+def check(site: Path) -> tuple[int, list[str]]:
+    command = [sys.executable, str(ROOT / "docs/check_site.py"), str(site)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not result.stderr
+    return result.returncode, sorted(result.stdout.splitlines())
+
+
+def test_a_sound_site_passes(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<h1 id="top">A</h1> <a href="#top">1</a> <a href="sub/page.html#b%20c">2</a>'
+        '<a href="https://example.org">3</a> <img src="sub/picture.svg"> <a href="#">4</a>'
+    )
+    (tmp_path / "sub/page.html").write_text('<p id="b c">B</p><a href="../index.html">back</a>')
+    (tmp_path / "sub/picture.svg").touch()
+    (tmp_path / "style.css").write_text("a { background: url(sub/picture.svg) }")
+    assert check(tmp_path)[0] == 0
+
+
+def test_what_is_wrong_with_a_site_is_said(tmp_path):
+    (tmp_path / "index.html").write_text(
+        '<a href="missing.html">1</a> <a href="#nowhere">2</a> <img src="missing.svg">'
+        '<script src="https://example.org/a.js"></script> <link href="//example.org/a.css">'
+    )
+    (tmp_path / "style.css").write_text('@import "https://example.org/b.css";')
+    assert check(tmp_path) == (
+        1,
+        [
+            "index.html links to #nowhere, and that page has no such place",
+            "index.html links to missing.html, which does not exist",
+            "index.html links to missing.svg, which does not exist",
+            "index.html loads //example.org/a.css",
+            "index.html loads https://example.org/a.js",
+            "style.css loads https://example.org/b.css",
+        ],
+    )
+    assert check(tmp_path / "empty")[0] == 1

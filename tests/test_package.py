@@ -1,0 +1,114 @@
+"""What is built is the library and nothing else, and says of itself what is true."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import hatchling.build
+import pytest
+
+import optax_autoscale
+
+ROOT = Path(__file__).parents[1]
+VERSION = optax_autoscale.__version__
+NAME = f"optax_autoscale-{VERSION}"
+
+LIBRARY = {
+    "optax_autoscale/__init__.py",
+    "optax_autoscale/__main__.py",
+    "optax_autoscale/_autoscale.py",
+    "optax_autoscale/_moments.py",
+    "optax_autoscale/_rivals.py",
+    "optax_autoscale/py.typed",
+}
+METADATA = {
+    f"{NAME}.dist-info/METADATA",
+    f"{NAME}.dist-info/RECORD",
+    f"{NAME}.dist-info/WHEEL",
+    f"{NAME}.dist-info/licenses/LICENSE",
+}
+SOURCE = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        hatchling.build.build_wheel(str(folder))
+        hatchling.build.build_sdist(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist):
+    return dist / f"{NAME}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_wheel_has_the_library_alone(wheel):
+    assert set(zipfile.ZipFile(wheel).namelist()) == LIBRARY | METADATA
+
+
+def test_sdist_has_what_the_wheel_is_built_from(dist, wheel, tmp_path, monkeypatch):
+    with tarfile.open(dist / f"{NAME}.tar.gz") as sdist:
+        assert set(sdist.getnames()) == {f"{NAME}/{name}" for name in LIBRARY | SOURCE}
+        sdist.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path / NAME)
+    again = tmp_path / hatchling.build.build_wheel(str(tmp_path))
+    assert again.read_bytes() == wheel.read_bytes()
+
+
+def test_it_needs_jax_and_optax_alone(installed):
+    required = Distribution.at(installed / f"{NAME}.dist-info").requires or []
+    names = [re.split(r"\W", line)[0] for line in required if "extra ==" not in line]
+    assert names == ["jax", "optax"]
+
+
+def test_import_adds_nothing_to_that_of_jax_and_optax(installed):
+    code = """if True:
+        import sys, time
+        import jax, optax
+        before, start = set(sys.modules), time.perf_counter()
+        import optax_autoscale
+        print(time.perf_counter() - start)
+        print(optax_autoscale.__file__)
+        print({name.partition(".")[0] for name in set(sys.modules) - before})
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=installed,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds, file, modules = process.stdout.splitlines()
+    assert Path(file).parent == installed / "optax_autoscale"
+    assert eval(modules) - sys.stdlib_module_names == {"optax_autoscale"}
+    assert float(seconds) < 0.5
+
+
+def test_version_is_the_same_everywhere():
+    assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    latest, *_ = re.findall(r"^## (\S+) - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert latest == VERSION
+
+
+def test_pre_commit_runs_the_ruff_of_make_lint():
+    pins = re.findall(r'"(ruff==.*?)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert pins
+    for pin in pins:
+        assert f'"{pin}"' in (ROOT / "pyproject.toml").read_text()

@@ -1,0 +1,77 @@
+# pyright: strict, reportMissingTypeStubs=false, reportUnknownMemberType=false
+"""Typical uses, run here and accepted by pyright in its strict mode: `make types`.
+
+What is switched off above is about Optax, which is not marked as typed, and functions of JAX that
+are typed in part.
+"""
+
+from typing import Any, assert_type
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_autoscale import (
+    AutoscaleState,
+    autoscale,
+    center_layers,
+    default_layer_axes,
+    global_std,
+    gradient_centralization,
+    gradient_normalization,
+    layer_std,
+    scale_by_global_std,
+    zscore_normalization,
+)
+
+Params = dict[str, jax.Array]
+
+
+def params() -> Params:
+    return {"kernel": jnp.arange(6.0).reshape(2, 3) / 100, "bias": jnp.ones(3)}
+
+
+def only_kernels(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...] | None:
+    return default_layer_axes(path, leaf) if "kernel" in jax.tree_util.keystr(path) else None
+
+
+def test_the_method_and_its_halves():
+    tx = autoscale(1e-8, max_scale=1.0, layer_axes=only_kernels, axis_name=None)
+    assert_type(tx, optax.GradientTransformationExtraArgs)
+    autoscale(jnp.float32(1e-8), max_scale=jnp.float32(1.0))
+    autoscale(axis_name="model")
+    autoscale(axis_name=("data", "model"))
+    assert_type(scale_by_global_std(max_scale=1.0), optax.GradientTransformationExtraArgs)
+    assert_type(center_layers(layer_axes=only_kernels), optax.GradientTransformation)
+
+
+def test_in_front_of_an_optimizer():
+    tx = optax.chain(optax.snapshot("layer_std", layer_std), autoscale(), optax.adamw(1e-3))
+    updates, state = tx.update(params(), tx.init(params()), params())
+    optax.apply_updates(params(), updates)
+    assert float(optax.tree.get(state, "scale_factor")) > 0
+
+
+def test_the_rivals():
+    assert_type(gradient_centralization(), optax.GradientTransformation)
+    assert_type(gradient_normalization(2.0), optax.GradientTransformation)
+    assert_type(zscore_normalization(layer_axes=only_kernels), optax.GradientTransformation)
+    methods = [autoscale, gradient_centralization, gradient_normalization, zscore_normalization]
+    for method in methods:
+        tx: optax.GradientTransformation = method()
+        tx.init(params())
+
+
+def test_measurements():
+    std = assert_type(global_std(params()), jax.Array)
+    assert std.shape == ()
+    assert set(layer_std(params(), layer_axes=only_kernels)) == {"kernel", "bias"}
+
+
+def test_the_state():
+    def describe(state: AutoscaleState) -> str:
+        exponent = assert_type(state.exponent, jax.Array)
+        return f"s={state.global_std:.3f} a={state.scale_factor:.3f} p={int(exponent)}"
+
+    state = AutoscaleState(jnp.int32(1), jnp.float32(0.25), jnp.float32(0.5))
+    assert describe(state) == "s=0.250 a=0.500 p=1"
