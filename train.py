@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from training import cpu, data, devices
 from training.checkpoints import CheckpointError, Checkpoints
+from training.choices import show_choices
 from training.config import Config, check_continues, parse
 from training.display import Display
 from training.interruption import SAVE, Interrupted, Requests
@@ -69,19 +70,22 @@ def train(config: Config) -> list[Record]:
             folder.begin(done // program.steps_per_epoch)
             stack.enter_context(folder)
         display.say(f"{config.folder}: {describe(mesh)}, compiling ...")
+        if not done:  # shows at once whether the folder can hold checkpoints
+            checkpoints.save(0, state)
         program.compile(state)
-        display.start(done)
+        display.start(done, folder.records if folder else [])
 
         requests = stack.enter_context(Requests(mesh, config.checkpoint_minutes))
         stack.enter_context(devices.ending_together())
         for epoch in range(done // program.steps_per_epoch + 1, config.epochs + 1):
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
-            in_flight: deque[tuple[int, jax.Array, jax.Array, Any]] = deque()
-            stop = 0
+            in_flight: deque[tuple[int, jax.Array, jax.Array, jax.Array | None, Any]] = deque()
+            stop, grads = 0, None
             for done in range(first, last + 1):
                 state, measured = program.train_step(state, order)
-                in_flight.append((done, *measured, requests.next()))
+                loss, global_std, scale_factor, grads = measured
+                in_flight.append((done, loss, global_std, scale_factor, requests.next()))
                 request = 0
                 while len(in_flight) > (AHEAD if done < last else 0):
                     request = max(request, look_at(*in_flight.popleft(), display))
@@ -97,6 +101,7 @@ def train(config: Config) -> list[Record]:
                 if not np.isfinite(test_loss):
                     raise NotFinite(f"after step {last}: the test loss is {test_loss}")
                 means = program.epoch_means(state)
+                layers = program.layer_entries(parameters=state.params, gradients=grads)
                 images = (last + 1 - first) * config.batch_size
                 if folder:
                     record = Record(
@@ -109,7 +114,7 @@ def train(config: Config) -> list[Record]:
                         seconds=time.perf_counter() - start,
                         **means,
                     )
-                    folder.write(record)
+                    folder.write(record, layers)
                     display.epoch(record)
                 # After the record: no checkpoint is ahead of the records.
                 checkpoints.save(last, state)
@@ -123,7 +128,12 @@ def train(config: Config) -> list[Record]:
 
 
 def look_at(
-    step: int, loss: jax.Array, global_std: jax.Array, request: Any, display: Display
+    step: int,
+    loss: jax.Array,
+    global_std: jax.Array,
+    scale_factor: jax.Array | None,
+    request: Any,
+    display: Display,
 ) -> int:
     """Shows a step that was handed to the devices a while ago; returns what was requested there."""
     if not np.isfinite([float(loss), float(global_std)]).all():
@@ -131,7 +141,8 @@ def look_at(
             f"step {step}: the training loss is {loss} and the gradients' standard deviation is "
             f"{global_std}; the finished epochs are kept. A smaller --learning-rate may help"
         )
-    display.step(step, float(loss))
+    scale = None if scale_factor is None else float(scale_factor)
+    display.step(step, float(loss), float(global_std), scale)
     return int(request)
 
 
@@ -148,6 +159,8 @@ def main() -> None:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         config = parse()
+        if config.list:
+            return show_choices(config)
         cpu.use_cores(config.batch_size)
         cpu.keep_memory()
         devices.start_processes(config)

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import MODELS, resnet110
-from training import steps
+from training import cpu, steps
 from training.augmentation import cutmix, normalize, random_crop, random_flip
 from training.config import recipe
 from training.data import Dataset
@@ -37,6 +37,7 @@ from training.optimizers import METHODS, make_optimizer
 
 NUM_IMAGES = 4096
 BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}
+VGG16 = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Cas
     model, tx = make_model(name), make_optimizer(config, NUM_IMAGES // batch_size)
     order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
     state, *inputs = jax.device_put(
-        (steps.init_state(model, tx), data.train_images, data.train_labels, order), everywhere
+        (steps.init_state(model, tx, 0), data.train_images, data.train_labels, order), everywhere
     )
     train_step = jax.jit(
         steps.make_train_step(model, tx, config, data, split),
@@ -178,13 +179,22 @@ def torch_step(name: str, batch_size: int) -> Case:
                 x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
             return F.relu(y + x)
 
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    before = 16
-    for after in (16, 32, 64):
-        for index in range(BLOCKS[name]):
-            layers.append(Block(before, after, 2 if index == 0 and after > 16 else 1))
-            before = after
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100)]
+    layers: list[nn.Module] = []
+    before = 3
+    if name == "vgg16_bn":
+        for stage in VGG16:
+            layers += [nn.MaxPool2d(2)] if layers else []
+            for after in stage:
+                layers += [nn.Conv2d(before, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
+                before = after
+    else:
+        layers += [nn.Conv2d(before, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        before = 16
+        for after in (16, 32, 64):
+            for index in range(BLOCKS[name]):
+                layers.append(Block(before, after, 2 if index == 0 and after > 16 else 1))
+                before = after
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 100)]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = nn.Sequential(*layers).to(device)
@@ -243,6 +253,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    cpu.keep_memory()  # PyTorch's as well
     most = jax.local_device_count()
     data = random_data()
     print(
@@ -262,8 +273,8 @@ def main() -> None:
         if most > 1:
             cases.append(our_step(name, batch_size, most, data))
         cases += parts(name, batch_size, data)
-        if name not in BLOCKS:
-            print("The comparison with PyTorch is of ResNets only.")
+        if name not in {*BLOCKS, "vgg16_bn"}:
+            print(f"{name} is not compared with PyTorch.")
         elif find_spec("torch") is None:
             print("PyTorch is not installed and was left out.")
         else:

@@ -9,6 +9,7 @@ import optax
 from optax_autoscale._autoscale import center_layers
 from optax_autoscale._moments import (
     AxisName,
+    KeyPath,
     LayerAxes,
     Moments,
     default_layer_axes,
@@ -49,7 +50,7 @@ def gradient_centralization() -> optax.GradientTransformation:
       <https://arxiv.org/abs/2004.01461>`_, 2020
     """
 
-    def all_but_last(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[int, ...] | None:
+    def all_but_last(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
         axes = default_layer_axes(path, leaf)
         return None if axes is None else axes[:-1]
 
@@ -92,7 +93,7 @@ def gradient_normalization(
       Normalization <https://arxiv.org/abs/2509.03677>`_, 2025, appendix A
     """
 
-    def every_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> tuple[int, ...]:
+    def every_leaf(path: KeyPath, leaf: Any) -> tuple[int, ...]:
         del path
         return tuple(range(jnp.ndim(leaf)))
 

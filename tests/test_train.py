@@ -100,11 +100,11 @@ def test_pictures_can_be_opened(run):
 
 def test_tensorboard_has_the_records(run):
     config, _ = run
-    (file,) = (config.folder / "tensorboard").iterdir()
-    scalars = {}
-    for event in read_events(file):
-        for value in event.summary.value:
-            scalars[value.tag, event.step] = value.simple_value
+    scalars = {
+        (value.tag, event.step): value.simple_value
+        for event in read_events(config.folder)
+        for value in event.summary.value
+    }
     for record in read_records(config.folder):
         epoch = record["epoch"]
         assert scalars["test/accuracy", epoch] == pytest.approx(record["test_accuracy"])
@@ -113,8 +113,36 @@ def test_tensorboard_has_the_records(run):
             assert scalars[f"layer_std/{layer}", epoch] == pytest.approx(std)
 
 
-def read_events(file: Path) -> list[Event]:
+def test_tensorboard_has_histograms_of_the_layers(run):
+    config, _ = run
+    histograms = {
+        (value.tag, event.step): value.histo
+        for event in read_events(config.folder)
+        for value in event.summary.value
+        if value.HasField("histo")
+    }
+    layers = read_records(config.folder)[-1]["layer_std"]
+    assert set(histograms) == {
+        (f"{kind}/{layer}", epoch)
+        for kind in ("parameters", "gradients")
+        for layer in layers
+        for epoch in (1, 2)
+    }
+    kernel = np.asarray(load_model(config.folder).stem.conv.kernel[...])
+    shown = histograms["parameters/stem/conv/kernel", 2]
+    counts, edges = np.histogram(kernel, bins=30)
+    np.testing.assert_array_equal(shown.bucket, counts)
+    np.testing.assert_allclose(shown.bucket_limit, edges[1:], rtol=1e-6)
+    # Another step's gradients than the epoch's mean, but of the same size.
+    for layer, std in layers.items():
+        shown = histograms[f"gradients/{layer}", 2]
+        assert sum(shown.bucket) == shown.num
+        assert 0.2 * std < np.sqrt(shown.sum_squares / shown.num) < 5 * std
+
+
+def read_events(folder: Path) -> list[Event]:
     """The events of a TensorBoard file: length, its checksum, the message, its checksum."""
+    (file,) = (folder / "tensorboard").iterdir()
     content, events = file.read_bytes(), []
     while content:
         length = int.from_bytes(content[:8], "little")
@@ -194,6 +222,38 @@ def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch):
         train.main()
     assert "\n" not in str(error.value.code)
     assert not (tmp_path / "run").exists()
+
+
+def test_list(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--list", "--dataset", "cifar100"])
+    train.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("--dataset", *data.DATASETS),
+        *("--model", *MODELS),
+        *("--method", *METHODS),
+    ]
+    assert "  resnet20  275,572 parameters for cifar100. A residual network" in "\n".join(lines)
+    assert all(len(line.split()) > 3 for line in lines if not line.startswith("--"))
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--wandb", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"^train.py: --wandb needs .*: pip install wandb"):
+        train.main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_has_the_records(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setitem(MODELS, "resnet20", partial(resnet8, widths=(4, 8)))
+    args = ["--wandb", "--epochs", "1", "--train-size", "64", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    train.main()
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"gradients/scale_factor" in file.read_bytes()
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):

@@ -79,6 +79,10 @@ class Config:
     """Number of processes, with --coordinator."""
     process_id: int | None = None
     """Number of this process, from 0, with --coordinator."""
+    wandb: bool = False
+    """Send the records to Weights & Biases as well."""
+    list: bool = False
+    """Show the data sets, models and methods, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -133,7 +137,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Options that may change when a run is continued. All others would make it another experiment.
 FREE = {
     *("epochs", "data_dir", "out", "resume", "checkpoint_minutes", "fsdp", "debug"),
-    *("coordinator", "num_processes", "process_id"),
+    *("coordinator", "num_processes", "process_id", "wandb", "list"),
 }
 
 

@@ -1,10 +1,12 @@
 """The processes and devices of a run, and where its arrays lie on them."""
 
+import atexit
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -30,15 +32,29 @@ def start_processes(config: Config) -> None:
         alone = ("coordinator_address should be defined", "must be called before any JAX calls")
         if options != (None, None, None) or not any(text in str(error) for text in alone):
             raise
-    if not is_first_process():
-        # Should process 0 die, JAX aborts this one before anything else could be said.
-        print(
-            f"train.py, process {jax.process_index()} of {jax.process_count()}: process 0 shows "
-            "the progress. If another process stops, this one ends as well; then start all of "
-            "them again with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
+    if jax.process_count() > 1:
+        explain_an_early_end()
+        if not is_first_process():
+            print(f"{_name()}: process 0 shows the progress", file=sys.stderr, flush=True)
+
+
+def explain_an_early_end() -> None:
+    """Lets a small process say what to do, should this one die before it exits by itself.
+
+    When process 0 dies, JAX aborts the others: no code of theirs runs any more, and a trace is the
+    last that is read.
+    """
+    advice = (
+        f"{_name()}: ended before its time, most often because another process stopped; "
+        "start all of them again with --resume"
+    )
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read() or sys.exit(sys.argv[1])", advice],
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is not meant for it
+    )
+    atexit.register(watcher.communicate, "exited")
 
 
 @contextlib.contextmanager
@@ -52,13 +68,19 @@ def ending_together() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
-        print(
-            f"train.py, process {jax.process_index()}: {str(error).splitlines()[0]}. Often another "
-            "process has stopped; start all of them again with --resume",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(1)
+        print(f"{_name()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        exit_at_once(1)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Ends this process without waiting for anything."""
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the live view has hidden the cursor
+    os._exit(code)
+
+
+def _name() -> str:
+    return f"train.py, process {jax.process_index()} of {jax.process_count()}"
 
 
 def is_first_process() -> bool:

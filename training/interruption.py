@@ -1,6 +1,5 @@
 """Requests that reach a run from outside: stop, or write a checkpoint."""
 
-import os
 import shlex
 import signal
 import time
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from training.devices import by_batch, is_first_process, put, replicated
+from training.devices import by_batch, exit_at_once, is_first_process, put, replicated
 
 # A request to write a checkpoint. The others are the numbers of signals, all of them larger.
 SAVE = 1
@@ -74,5 +73,5 @@ class Requests:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
-            os._exit(128 + number)
+            exit_at_once(128 + number)
         self._signal = number

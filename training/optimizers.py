@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -15,9 +16,15 @@ def fixed_exponent(exponent: int) -> optax.GradientTransformation:
     tx = optax_autoscale.autoscale()
 
     def init(params: optax.Params) -> optax_autoscale.AutoscaleState:
-        return tx.init(params)._replace(exponent=jnp.int32(exponent))
+        state: Any = tx.init(params)
+        return state._replace(exponent=jnp.int32(exponent))
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
+
+
+def centering_by_constant(factor: float) -> optax.GradientTransformation:
+    """Centres each weight gradient and scales all of them by a constant."""
+    return optax.chain(optax.scale(factor), optax_autoscale.center_layers())
 
 
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -29,7 +36,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip": partial(optax.clip_by_global_norm, 1.0),
     "centering": optax_autoscale.center_layers,
     "scaling": optax_autoscale.scale_by_global_std,
-    "constant": lambda: optax.chain(optax.scale(0.4), optax_autoscale.center_layers()),
+    "constant": partial(centering_by_constant, 0.4),
     "autoscale_p1": partial(fixed_exponent, 1),
     "autoscale_p2": partial(fixed_exponent, 2),
     "autoscale_max1": partial(optax_autoscale.autoscale, max_scale=1.0),

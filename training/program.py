@@ -44,7 +44,8 @@ class Program:
         self.steps_per_epoch = num_images // size
         self._schedule = learning_rate_schedule(config, self.steps_per_epoch)
         self._num_test = len(dataset.test_labels)
-        self._eval_batch = EVAL_BATCH // mesh.size * mesh.size or mesh.size
+        per_device = -(-min(EVAL_BATCH, self._num_test) // mesh.size)
+        self._eval_batch = per_device * mesh.size
 
         make_model = partial(
             MODELS[config.model],
@@ -81,27 +82,30 @@ class Program:
         self.first_state = partial(jax.jit(first_state, out_shardings=place), seed)
         order = jax.jit(partial(steps.epoch_order, num_images=num_images), out_shardings=everywhere)
         self.epoch_order = partial(order, seed)
+        one: Any = everywhere
         self._train_step: Any = jax.jit(
             steps.make_train_step(model, tx, config, dataset, split),
             donate_argnums=0,
-            out_shardings=(place, everywhere),
+            out_shardings=(place, steps.Measured(one, one, one, place.params)),
         )
         self._eval_step: Any = jax.jit(
             steps.make_eval_step(model, dataset, self._eval_batch, split),
             out_shardings=everywhere,
         )
+        self._layer_entries: Any = jax.jit(steps.layer_entries, out_shardings=everywhere)
 
     def compile(self, state: steps.TrainState) -> None:
-        """Compiles the steps, so that no epoch's time has that in it."""
+        """Compiles all functions, so that no epoch's time has that in it."""
         order = self.epoch_order(np.int32(1))
         self._train_step = self._train_step.lower(state, *self._train_data, order).compile()
         start = np.int32(0)
         self._eval_step = self._eval_step.lower(state, *self._test_data, start).compile()
+        self.layer_entries(parameters=state.params)
 
     def train_step(
         self, state: steps.TrainState, order: jax.Array
-    ) -> tuple[steps.TrainState, tuple[jax.Array, jax.Array]]:
-        """The next state (the argument's memory is reused), and the step's loss and global std."""
+    ) -> tuple[steps.TrainState, steps.Measured]:
+        """The next state (the argument's memory is reused), and what the step measured."""
         return self._train_step(state, *self._train_data, order)
 
     def evaluate(self, state: steps.TrainState) -> tuple[float, float]:
@@ -116,6 +120,15 @@ class Program:
     def epoch_means(self, state: steps.TrainState) -> dict[str, Any]:
         """The statistics of the epoch that the state is at the end of; see `steps.epoch_means`."""
         return steps.epoch_means(state, self._attributes, self.steps_per_epoch)
+
+    def layer_entries(self, **trees: Any) -> dict[str, np.ndarray]:
+        """See `steps.layer_entries`; names are those of the trees and of the paths in them."""
+        layers = {name: self._layer_entries(tree) for name, tree in trees.items()}
+        return {
+            f"{name}/{path}": entries
+            for name, tree in jax.device_get(layers).items()
+            for path, entries in tree.items()
+        }
 
     def learning_rate(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 1."""

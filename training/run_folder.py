@@ -1,7 +1,9 @@
 """The folder of a run: what it was, what it measured, and the parameters it ended with."""
 
 import contextlib
+import dataclasses
 import errno
+import importlib
 import json
 import os
 import platform
@@ -10,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 from tensorboardX import SummaryWriter
@@ -38,6 +42,7 @@ class RunFolder:
     Raises:
       OSError: if the folder cannot be used, or holds something and `config.resume` is not set;
         nothing is touched then.
+      ValueError: if `config.wandb` is set and the package is not installed.
     """
 
     def __init__(self, config: Config, dataset: Dataset):
@@ -51,6 +56,11 @@ class RunFolder:
         self.path = path = config.folder
         self.records: list[Record] = []
         self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
+        if config.wandb and not find_spec("wandb"):
+            raise ValueError(
+                "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
+            )
         if not config.resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(
                 f"{path} exists already and is left as it is; "
@@ -73,9 +83,25 @@ class RunFolder:
                 part.replace(path)
                 self._config.save(**self._description)
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=epochs + 1)
+        if self._config.wandb:
+            wandb: Any = importlib.import_module("wandb")
+            try:
+                self._wandb = wandb.init(
+                    project="optax-autoscale",
+                    name=self.path.name,
+                    dir=self.path,
+                    config=dataclasses.asdict(self._config),
+                    resume="auto",
+                    settings=wandb.Settings(console="off"),
+                )
+            except wandb.Error as error:
+                raise OSError(
+                    f"Weights & Biases cannot be used: {error}; log in with `wandb login`, set "
+                    "WANDB_MODE=offline, or give --no-wandb, and continue with --resume"
+                ) from error
 
-    def write(self, record: Record) -> None:
-        """Adds an epoch to `metrics.jsonl` and to TensorBoard."""
+    def write(self, record: Record, layers: dict[str, np.ndarray]) -> None:
+        """Adds an epoch to all records, and histograms of `layers` to TensorBoard's."""
         path = self.path / "metrics.jsonl"
         line = json.dumps({name: record[name] for name in Record.__annotations__}) + "\n"
         with _explained(path), open(path, "a") as file:
@@ -83,9 +109,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
+        scalars = _scalars(record)
+        if self._wandb:
+            self._wandb.log(scalars, step=record["epoch"])
         if self._tensorboard:
-            for name, value in _scalars(record).items():
+            for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, record["epoch"])
+            for name, entries in layers.items():
+                _add_histogram(self._tensorboard, name, entries, record["epoch"])
             self._tensorboard.flush()
 
     def __enter__(self) -> Self:
@@ -101,6 +132,8 @@ class RunFolder:
         with contextlib.suppress(OSError) if error else _explained(self.path):
             if self._tensorboard:
                 self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(error is not None))
             if self.records:
                 plots.plot_curves(self.records, self._title, self.path / "curves.png")
                 plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
@@ -173,6 +206,22 @@ def _scalars(record: Record) -> dict[str, float]:
         "gradients/exponent": record["exponent"],
     } | {f"layer_std/{path}": std for path, std in record["layer_std"].items()}
     return {name: value for name, value in scalars.items() if value is not None}
+
+
+def _add_histogram(writer: SummaryWriter, name: str, entries: np.ndarray, epoch: int) -> None:
+    # `add_histogram` takes ten times as long: its `dot` wakes all of BLAS's threads.
+    counts, edges = np.histogram(entries, bins=30)
+    writer.add_histogram_raw(
+        name,
+        min=edges[0],
+        max=edges[-1],
+        num=entries.size,
+        sum=entries.sum(),
+        sum_squares=np.square(entries).sum(),
+        bucket_limits=edges[1:].tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=epoch,
+    )
 
 
 def environment() -> dict[str, Any]:

@@ -14,6 +14,8 @@ from training.augmentation import cutmix, normalize, random_crop, random_flip
 from training.config import Config
 from training.data import Dataset
 
+LARGEST_HISTOGRAM = 2**16  # entries; what lies behind a picture of 30 bars need not be more
+
 
 class TrainState(NamedTuple):
     """All that changes from step to step."""
@@ -24,6 +26,15 @@ class TrainState(NamedTuple):
     batch_stats: nnx.State
     opt_state: optax.OptState
     totals: dict[str, Any]  # the epoch's sums so far of what `measure` gives
+
+
+class Measured(NamedTuple):
+    """What a step tells of itself; all of the gradients as they come, before the method."""
+
+    loss: jax.Array  # shape=(), dtype=float32
+    global_std: jax.Array  # shape=(), dtype=float32
+    scale_factor: jax.Array | None  # shape=(), dtype=float32; None where the method has none
+    grads: nnx.State  # as the parameters
 
 
 def init_state(
@@ -71,6 +82,23 @@ def epoch_means(state: TrainState, attributes: Sequence[str], steps: int) -> dic
     }
 
 
+def layer_entries(tree: nnx.State) -> dict[str, jax.Array]:
+    """The entries of each layer's parameters or gradients, for a histogram of them.
+
+    Args:
+      tree: parameters, or what has their structure.
+
+    Returns:
+      An array of shape `(entries,)` for each with more than one axis, by its path such as
+      `"stem/conv/kernel"`; of more than `LARGEST_HISTOGRAM` entries every k-th, k odd.
+    """
+    return {
+        "/".join(map(str, path)): leaf[...].ravel()[:: leaf.size // LARGEST_HISTOGRAM | 1]
+        for path, leaf in nnx.to_flat_state(tree)
+        if leaf.ndim > 1
+    }
+
+
 def epoch_order(seed: jax.typing.ArrayLike, epoch: jax.Array, num_images: int) -> jax.Array:
     """The order of the training images in an epoch: a permutation of shape `(num_images,)`."""
     key = jax.random.fold_in(jax.random.key(seed), epoch)
@@ -83,7 +111,7 @@ def make_train_step(
     config: Config,
     data: Dataset,
     batch_sharding: Sharding,
-) -> Callable[..., tuple[TrainState, tuple[jax.Array, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, Measured]]:
     """Builds the training step.
 
     Args:
@@ -95,8 +123,8 @@ def make_train_step(
 
     Returns:
       A function of the state, all training images and labels and the epoch's order, that returns
-      the next state, and the step's loss and global gradient standard deviation. The batch is the
-      one of that order that the state's step is at.
+      the next state and what the step measured. The batch is the one of that order that the state's
+      step is at.
     """
     model.train()
     graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -123,7 +151,7 @@ def make_train_step(
 
     def train_step(
         state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
-    ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[TrainState, Measured]:
         x, y = augmented_batch(state, images, labels, order)
 
         def loss_fn(params: nnx.State) -> tuple[jax.Array, nnx.State]:
@@ -141,7 +169,7 @@ def make_train_step(
             lambda total, value: jnp.where(first, 0, total) + value, state.totals, measured
         )
         state = TrainState(state.step + 1, state.seed, params, batch_stats, opt_state, totals)
-        return state, (loss, measured["global_std"])
+        return state, Measured(loss, measured["global_std"], measured["scale_factor"], grads)
 
     return train_step
 

@@ -50,7 +50,7 @@ def run(count: int, config: Config = CONFIG, steps: int = 6):
     for step in range(steps):
         order = program.epoch_order(np.int32(1 + step // program.steps_per_epoch))
         state, measured = program.train_step(state, order)
-        history.append([float(value) for value in measured])
+        history.append([float(value) for value in measured[:2]])
     return program, state, np.array(history)
 
 

@@ -58,7 +58,7 @@ def run(config: Config = CONFIG, epochs: int = 1):
         order = steps.epoch_order(config.seed, jnp.int32(epoch), NUM_TRAIN)
         for _ in range(STEPS):
             state, measured = train_step(state, DATA.train_images, DATA.train_labels, order)
-            history.append(tuple(map(float, measured)))
+            history.append(tuple(map(float, measured[:2])))
     return state, np.array(history)
 
 
@@ -122,19 +122,39 @@ def first_gradients():
 def test_every_method_records_the_raw_gradients(method):
     config = dataclasses.replace(CONFIG, method=method, batch_size=NUM_TRAIN)
     state, train_step = compiled(config)
-    state, (loss, global_std) = train_step(
+    state, (loss, global_std, scale_factor, raw) = train_step(
         state, BLANK, DATA.train_labels, jnp.arange(NUM_TRAIN, dtype=jnp.int32)
     )
     expected_loss, grads = first_gradients()
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(global_std, oracle.global_std(jax.tree.leaves(grads)), rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     means = steps.epoch_means(state, list(vars(make_model())), 1)
+    assert means["scale_factor"] == scale_factor
     assert (means["scale_factor"] is None) == (method != "autoscale")
     assert (means["exponent"] is None) == (method != "autoscale")
     kernel = oracle.float64(grads["classifier"]["kernel"][...])
     np.testing.assert_allclose(
         means["layer_std"]["classifier/kernel"], kernel.std(ddof=1), rtol=1e-4
     )
+
+
+def test_layer_entries_are_the_parameters_with_more_than_one_axis(monkeypatch):
+    params = nnx.state(make_model(), nnx.Param)
+    kernels = {
+        "/".join(key.key for key in path if hasattr(key, "key") and isinstance(key.key, str)): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        if leaf.ndim > 1
+    }
+    entries = steps.layer_entries(params)
+    for name in ("stem/conv/kernel", "classifier/kernel"):
+        np.testing.assert_array_equal(entries[name], np.ravel(kernels[name]))
+    monkeypatch.setattr(steps, "LARGEST_HISTOGRAM", 10)
+    few = steps.layer_entries(params)["classifier/kernel"]
+    all_of_it = np.ravel(kernels["classifier/kernel"])
+    stride = len(all_of_it) // 10 | 1
+    np.testing.assert_array_equal(few, all_of_it[::stride])
 
 
 def test_training_learns_and_repeats_itself():
