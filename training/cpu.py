@@ -19,12 +19,17 @@ def use_cores(batch_size: int) -> None:
     Args:
       batch_size: where it is odd, nothing changes either.
     """
+    flags = os.environ.get("XLA_FLAGS", "")
     chosen = cast(Any, jax.config).jax_num_cpu_devices != -1
-    if chosen or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if chosen or "xla_force_host_platform_device_count" in flags:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if (cores or 1) > 1 and batch_size % 2 == 0:
         jax.config.update("jax_num_cpu_devices", 2)
+        # XLA aborts where one device waits 40 s for the other, as it does when the process sleeps.
+        timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
+        if timeout not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {timeout}={24 * 3600}"
 
 
 def keep_memory() -> None:
