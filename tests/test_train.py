@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import train
 from models import MODELS, resnet8
-from training import data
+from training import data, devices
 from training.augmentation import normalize
 from training.config import Config
 from training.optimizers import METHODS
@@ -193,6 +193,10 @@ def nan_at(step: int) -> optax.GradientTransformation:
 def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
     step, message, tmp_path, monkeypatch
 ):
+    one_device = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    monkeypatch.setattr(devices, "make_mesh", lambda: one_device)
     monkeypatch.setitem(METHODS, "clip", lambda: nan_at(step))
     monkeypatch.setitem(MODELS, "resnet20", partial(resnet8, widths=(4, 8)))
     out = tmp_path / "nan"

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,7 +22,10 @@ import jax
 import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
 from training import plots
@@ -55,7 +59,7 @@ class RunFolder:
         }
         self.path = path = config.folder
         self.records: list[Record] = []
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: EventsWriter | None = None
         self._wandb: Any = None
         if config.wandb and not find_spec("wandb"):
             raise ValueError(
@@ -82,7 +86,14 @@ class RunFolder:
                 part.write_text("".join(lines))
                 part.replace(path)
                 self._config.save(**self._description)
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=epochs + 1)
+        with _explained(self.path):
+            (self.path / "tensorboard").mkdir(exist_ok=True)
+            # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
+            self._tensorboard = EventsWriter(str(self.path / "tensorboard" / "events"))
+            hide_later = SessionLog(status=SessionLog.START)
+            self._tensorboard.write_event(
+                Event(wall_time=time.time(), step=epochs + 1, session_log=hide_later)
+            )
         if self._config.wandb:
             wandb: Any = importlib.import_module("wandb")
             try:
@@ -113,11 +124,15 @@ class RunFolder:
         if self._wandb:
             self._wandb.log(scalars, step=record["epoch"])
         if self._tensorboard:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, record["epoch"])
-            for name, entries in layers.items():
-                _add_histogram(self._tensorboard, name, entries, record["epoch"])
-            self._tensorboard.flush()
+            summaries = [summary.scalar(name, value) for name, value in scalars.items()]
+            summaries += [_histogram(name, entries) for name, entries in layers.items()]
+            values = [value for each in summaries for value in each.value]
+            event = Event(
+                wall_time=time.time(), step=record["epoch"], summary=Summary(value=values)
+            )
+            with _explained(self.path):
+                self._tensorboard.write_event(event)
+                self._tensorboard.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -208,10 +223,10 @@ def _scalars(record: Record) -> dict[str, float]:
     return {name: value for name, value in scalars.items() if value is not None}
 
 
-def _add_histogram(writer: SummaryWriter, name: str, entries: np.ndarray, epoch: int) -> None:
-    # `add_histogram` takes ten times as long: its `dot` wakes all of BLAS's threads.
+def _histogram(name: str, entries: np.ndarray) -> Summary:
+    # `summary.histogram` takes ten times as long: its `dot` wakes all of BLAS's threads.
     counts, edges = np.histogram(entries, bins=30)
-    writer.add_histogram_raw(
+    return summary.histogram_raw(
         name,
         min=edges[0],
         max=edges[-1],
@@ -220,7 +235,6 @@ def _add_histogram(writer: SummaryWriter, name: str, entries: np.ndarray, epoch:
         sum_squares=np.square(entries).sum(),
         bucket_limits=edges[1:].tolist(),
         bucket_counts=counts.tolist(),
-        global_step=epoch,
     )
 
 

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 
@@ -28,3 +29,22 @@ def test_number_of_devices(batch_size, variables, devices):
     command = [sys.executable, "-c", SCRIPT, str(batch_size)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == devices
+
+
+MEMORY_SCRIPT = """
+import resource
+import numpy as np
+from training import cpu
+cpu.keep_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**26, np.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_used_again():
+    command = [sys.executable, "-c", MEMORY_SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # 16384 pages of 4 KiB
