@@ -1,7 +1,7 @@
 """The site: `make docs` builds it, without a network, into `docs/_build/html`."""
 
 import os
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 
 import optax_autoscale
@@ -46,7 +46,7 @@ html_show_sphinx = False
 html_copy_source = False
 html_css_files = ["site.css"]
 # MathJax in one file, fonts included, so that formulas need no network.
-_mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
+_mathjax = files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js"
 html_static_path = ["_static", str(_mathjax)]
 mathjax_path = _mathjax.name
 mathjax3_config = {"svg": {"scale": 0.9}}

@@ -85,9 +85,9 @@ def autoscale(
 
     Returns:
       A transformation whose updates have the gradients' shapes and dtypes and whose state is an
-      :class:`AutoscaleState`. Statistics are computed in float32, or float64 where a leaf is; a
-      standard deviation below 1e-19 or above 1e19 leaves the range of float32 squares and reads 0
-      or infinity.
+      :class:`AutoscaleState`. Statistics are computed in float32, or float64 where a leaf is. In
+      float32 the standard deviation is exact to about ``5e-6 * (1 + (mean / std) ** 2)``, entries
+      below about 1e-19 count as 0, and a sum of squares above 3e38 reads infinity.
 
     Raises:
       TypeError: at an update with an integer or boolean leaf; the message names its path.

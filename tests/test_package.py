@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_version_is_the_same_everywhere():
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     latest, *_ = re.findall(r"^## (\S+) - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert latest == VERSION
+
+
+def test_readme_states_the_lowest_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = project["dependencies"] + project["optional-dependencies"]["train"]
+    bounds = dict(line.split(">=") for line in ["python" + project["requires-python"], *required])
+    (row,) = re.findall(r"^\| lowest,.*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    stated = re.findall(r" ([\d.]+) ", row)
+    for package, version in zip(("python", "jax", "optax", "flax"), stated, strict=True):
+        assert f"{version}.".startswith(f"{bounds[package]}."), package
 
 
 def test_pre_commit_runs_the_ruff_of_make_lint():

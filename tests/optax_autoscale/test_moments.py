@@ -43,6 +43,36 @@ def test_std_is_float32_or_wider(dtype):
         np.testing.assert_allclose(stds[name], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "scale"),
+    [
+        ((1, 7), "float32", 1e-14),
+        ((16, 16), "float32", 1e8),
+        ((3, 3, 16, 16), "float32", 1.0),
+        ((32, 32), "float16", 1e-3),
+        ((64, 100), "bfloat16", 1e8),
+        ((3, 3, 64, 64), "float32", 1e-14),
+        ((1000, 1000), "float32", 1.0),
+    ],
+)
+def test_the_promised_accuracy(shape, dtype, scale, ratio):
+    """Within 1e-5 up to a mean of one deviation; beyond that the error grows with its square."""
+    rng = np.random.default_rng(0)
+    grad = jnp.asarray(scale * (rng.standard_normal(shape) + ratio), dtype)
+    wide = oracle.float64(grad)
+    bound = 5e-6 * (1 + (wide.mean() / wide.std()) ** 2)
+    expected = oracle.global_std([grad])
+    np.testing.assert_allclose(global_std({"w": grad}), expected, rtol=bound)
+
+
+def test_beyond_the_range_of_float32_squares():
+    signs = jnp.where(jnp.arange(64).reshape(8, 8) % 2, 1.0, -1.0)
+    deviations = [float(global_std({"w": signs * scale})) for scale in (1e-18, 1e-24, 1e18, 1e20)]
+    exact = np.sqrt(64 / 63)
+    np.testing.assert_allclose(deviations, [1e-18 * exact, 0, 1e18 * exact, np.inf], rtol=1e-5)
+
+
 def test_a_million_half_precision_entries_do_not_stagnate():
     rng = np.random.default_rng(0)
     grads = {"w": jnp.asarray(rng.standard_normal((1000, 1000)) + 1, jnp.bfloat16)}

@@ -2,6 +2,8 @@
 
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,22 @@ def test_sharded_equals_unsharded(make, axis_type):
         assert update.sharding.is_equivalent_to(sharded[name].sharding, update.ndim)
 
 
+@hypothesis.given(
+    seed=st.integers(0, 2**31), log_scale=st.floats(-12, -3), mean=st.floats(-1.5, 1.5)
+)
+@hypothesis.settings(deadline=None, max_examples=10)
+def test_sharded_equals_single_for_any_gradients(seed, log_scale, mean):
+    rng = np.random.default_rng(seed)
+    grads = {
+        name: jnp.asarray(10**log_scale * (rng.standard_normal(g.shape) + mean), jnp.float32)
+        for name, g in make_grads().items()
+    }
+    expected, single = first_step(grads)
+    updates, state = first_step(place(grads, make_mesh(AxisType.Auto)))
+    np.testing.assert_allclose(state.global_std, single.global_std, rtol=1e-5)
+    assert_close(updates, expected)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("copies", [1, 10])
 def test_collectives_do_not_grow_with_the_number_of_leaves(copies, axis_type):
@@ -95,6 +113,9 @@ def test_collectives_do_not_grow_with_the_number_of_leaves(copies, axis_type):
         }
         compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile()
     assert collectives(compiled) == ["all-reduce"]
+
+
+first_step = jax.jit(lambda grads: autoscale().update(grads, autoscale().init(grads)))
 
 
 def in_shard_map(fn, mesh, specs, out_specs, **kwargs):
