@@ -30,6 +30,8 @@ from functools import partial
 import models
 models.MODELS["resnet20"] = partial(models.resnet8, widths=(4, 8))
 import train
+
+pytestmark = pytest.mark.slow
 train.main()
 """
 ARGS = ["--train-size", "96", "--batch-size", "16", "--epochs", "3"]

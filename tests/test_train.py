@@ -24,6 +24,8 @@ from training.config import Config
 from training.optimizers import METHODS
 from training.run_folder import load_model, read_records
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(train.__file__).parent
 FIELDS = [
     "epoch", "step", "train_loss", "test_loss", "test_accuracy", "learning_rate", "global_std",
