@@ -128,7 +128,7 @@ def band(axes: Axes, x: Sequence[int], y: np.ndarray, method: str, name: str = "
     look = METHODS[method]
     mean, std = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
     axes.plot(x, mean, look.line, color=look.color, label=name, linewidth=1.5)
-    axes.fill_between(x, mean - std, mean + std, color=look.color, alpha=0.15, linewidth=0)
+    axes.fill_between(x, mean - std, mean + std, color=look.color, alpha=0.08, linewidth=0)
 
 
 def finish(axes: Axes, title: str, *, yscale: str = "linear", xlabel: str = "epoch") -> None:

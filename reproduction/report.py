@@ -141,6 +141,7 @@ def summary(preset: str, runs: Sequence[Run]) -> str:
     }
     lines = [
         f"Scale: {study.scale}. {len(runs)} runs; the study has {count}.",
+        "",
         *(
             f"- {DATASETS[dataset]}: {epochs} epochs, batches of {size}, {optimizer} at a rate of "
             f"{rate:g}, times 0.75 every {decay:g} epochs."
@@ -152,9 +153,9 @@ def summary(preset: str, runs: Sequence[Run]) -> str:
         f"- Commit: {every('commit')}.",
         "",
         "```sh",
-        f"python reproduce.py --preset {preset}            # makes the runs that are missing",
-        f"python reproduce.py --preset {preset} --report   # this page, from the records beside it",
-        "python reproduce.py --preset paper             # the paper's own scale",
+        f"python reproduce.py --preset {preset}  # makes the runs that are missing",
+        f"python reproduce.py --preset {preset} --report  # this page, from the records beside it",
+        "python reproduce.py --preset paper  # the paper's own scale",
         "```",
     ]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import pytest
 import reproduce
 from reproduction.studies import STUDIES, Grid
 
+pytestmark = pytest.mark.slow
 ROOT = Path(reproduce.__file__).parent
 # reproduce.py as it is, with two short runs of a network that compiles in no time.
 CHILD = """
@@ -24,8 +25,6 @@ import models
 models.MODELS["resnet20"] = partial(models.resnet8, widths=(4, 8))
 from reproduction.studies import STUDIES, Grid
 import reproduce
-
-pytestmark = pytest.mark.slow
 study = STUDIES["vit"]
 recipe = dataclasses.replace(study.grids[0].recipe, train_size=96, batch_size=16, epochs=4)
 grid = Grid(recipe, ("resnet20",), ("adamw", "autoscale"), 1)

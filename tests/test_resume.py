@@ -22,6 +22,7 @@ from training import devices
 from training.display import Display
 from training.run_folder import read_records
 
+pytestmark = pytest.mark.slow
 ROOT = Path(train.__file__).parent
 TINY = partial(resnet8, widths=(4, 8))
 # train.py as it is, with a network that compiles in no time.
@@ -30,8 +31,6 @@ from functools import partial
 import models
 models.MODELS["resnet20"] = partial(models.resnet8, widths=(4, 8))
 import train
-
-pytestmark = pytest.mark.slow
 train.main()
 """
 ARGS = ["--train-size", "96", "--batch-size", "16", "--epochs", "3"]

@@ -38,9 +38,7 @@ class Config:
         "autoscale_p2",
         "autoscale_max1",
     ] = "autoscale"
-    """What is done to the gradients in front of the optimizer. adamw: nothing; clip: their global
-    norm is clipped at 1; from centering on, autoscale in parts: its centring alone, its scaling
-    alone, centring with a constant factor of 0.4, with the exponent fixed, with max_scale=1."""
+    """What is done to the gradients in front of the optimizer; --list explains each."""
     optimizer: Optimizer = "adamw"
     """Optimizer. sgd has a momentum of 0.9."""
     epochs: int = 20

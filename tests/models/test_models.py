@@ -56,6 +56,10 @@ def multiply_adds(jaxpr: Jaxpr) -> int:
             result, left, _ = arrays
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += result.size * math.prod(left.shape[axis] for axis in contracted)
+        if equation.primitive.name == "cond":  # the same computation for several platforms
+            branches = equation.params["branches"]
+            total += max(multiply_adds(branch.jaxpr) for branch in branches)
+            continue
         for inner in jax.tree.leaves(equation.params):
             if isinstance(inner, ClosedJaxpr):
                 total += multiply_adds(inner.jaxpr)

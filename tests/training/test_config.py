@@ -47,6 +47,8 @@ def test_every_option_is_read():
         "coordinator": "localhost:1234",
         "num_processes": 2,
         "process_id": 1,
+        "wandb": True,
+        "list": True,
         "debug": True,
     }
     args = [

@@ -181,7 +181,7 @@ def test_cutmix_and_flip_are_part_of_the_cifar_step():
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     state, history = run(dataclasses.replace(CONFIG, precision="bfloat16"))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"int32", "float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"int32", "uint32", "float32"}
     _, expected = run()
     np.testing.assert_allclose(history[0], expected[0], rtol=0.05)
     assert (history[0] != expected[0]).all()
