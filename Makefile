@@ -1,4 +1,4 @@
-# make train | make test | make test-lowest | make lint | make types | make docs
+# make train | make test | make test-all | make test-lowest | make lint | make types | make docs
 # JAX=cuda13 or JAX=tpu installs jax for that accelerator; PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,13 +10,16 @@ LOWEST := $(VENV)-lowest
 INSTALLED := $(VENV)/.installed-$(JAX)
 JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 
-.PHONY: train test test-lowest lint types docs format clean
+.PHONY: train test test-all test-lowest lint types docs format clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
 	$(BIN)/python train.py $(ARGS)
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # With the lowest versions that pyproject.toml allows: the library alone with jax and optax, then the
