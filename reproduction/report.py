@@ -80,11 +80,14 @@ def write_report(preset: str, folder: Path) -> None:
         "## Test accuracy after the last epoch\n\n"
         + "\n\n".join(accuracy_table(each, comparisons) for each in groups),
         f"## What the records support\n\n{conclusions(groups, comparisons)}",
-        f"## Exponents\n\n{exponent_table(groups)}",
         f"## Time per step\n\n{time_table(groups)}",
-        "## Figures\n\n"
-        + "\n\n".join(f"![{caption}]({name}.png)\n\n*{caption}*" for name, caption in pictures),
     ]
+    if exponents := exponent_rows(groups):
+        header = ["runs", "method", "$p_t$ of each seed, in order"]
+        sections.append(f"## Exponents\n\n{table(header, exponents)}")
+    if pictures:
+        shown = [f"![{caption}]({name}.png)\n\n*{caption}*" for name, caption in pictures]
+        sections.append("\n\n".join(["## Figures", *shown]))
     (folder / "REPORT.md").write_text("\n\n".join(sections) + "\n")
 
 
@@ -231,7 +234,7 @@ def conclusions(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> s
         else:
             text = f"no difference to {plain} is supported."
         lines.append(f"- {each.title}: {text} {detectable(each, len(comparisons))}")
-    return "\n".join([lines[0], "", *lines[1:]])
+    return "\n".join([lines[0], "", *lines[1:]]).strip()
 
 
 def detectable(each: Group, comparisons: int) -> str:
@@ -249,9 +252,9 @@ def detectable(each: Group, comparisons: int) -> str:
     )
 
 
-def exponent_table(groups: Sequence[Group]) -> str:
+def exponent_rows(groups: Sequence[Group]) -> list[list[str]]:
     """The exponents that the first step of each run decided on."""
-    rows = [
+    return [
         [
             each.title,
             label(method, each.optimizer),
@@ -261,7 +264,6 @@ def exponent_table(groups: Sequence[Group]) -> str:
         for method, runs in each.runs.items()
         if any(run.records and run.records[-1]["exponent"] is not None for run in runs)
     ]
-    return "Of each seed, in order.\n\n" + table(["runs", "method", "$p_t$ by seed"], rows)
 
 
 def time_table(groups: Sequence[Group]) -> str:
