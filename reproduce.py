@@ -174,7 +174,7 @@ def time_limit(hours: float | None) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped
 
-    signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     timer = None
     if hours is not None:
         timer = threading.Timer(3600 * hours, os.kill, (os.getpid(), signal.SIGTERM))
@@ -185,6 +185,7 @@ def time_limit(hours: float | None) -> Iterator[None]:
     finally:
         if timer:
             timer.cancel()
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

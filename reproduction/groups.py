@@ -54,18 +54,15 @@ class Group(NamedTuple):
 
 def group(runs: Iterable[Run]) -> list[Group]:
     """The runs by data set, optimizer and model, then by method and seed."""
-    orders = (list(METHODS), list(MODELS))
+    methods, models = list(METHODS), list(MODELS)
+
+    def order(run: Run) -> tuple[str, str, int, int, int]:
+        cell = run.cell
+        model, method = models.index(cell.model), methods.index(cell.method)
+        return cell.dataset, cell.optimizer, model, method, cell.seed
+
     groups: dict[tuple[str, str, str], Group] = {}
-    for run in sorted(
-        runs,
-        key=lambda run: (
-            run.cell.dataset,
-            run.cell.optimizer,
-            orders[1].index(run.cell.model),
-            orders[0].index(run.cell.method),
-            run.cell.seed,
-        ),
-    ):
+    for run in sorted(runs, key=order):
         cell = run.cell
         title = f"{MODELS[cell.model]} on {DATASETS[cell.dataset]}"
         title += ", SGD" if cell.optimizer == "sgd" else ""

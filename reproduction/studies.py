@@ -139,9 +139,13 @@ def publish(config: Config, path: Path, diverged: str | None) -> Run:
         for key, value in dataclasses.asdict(config).items()
         if key == "epochs" or key not in FREE
     }
-    default = dataclasses.asdict(recipe())
-    changed = {key: value for key, value in options.items() if value != default[key]}
-    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
+    default = dataclasses.asdict(recipe(config.dataset, config.optimizer))
+    given = {
+        key: value
+        for key, value in options.items()
+        if key in ("dataset", "optimizer") or value != default[key]
+    }
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
     description |= {
         "command": shlex.join(["python", "train.py", *arguments]),
         "config": options,

@@ -61,8 +61,11 @@ def test_what_is_published_reads_back_and_names_no_folder(tmp_path):
 def test_the_published_command_makes_the_same_run(tmp_path, monkeypatch):
     from training.config import parse
 
-    for cell in {cell.optimizer: cell for cell in STUDIES["ablation"].cells()}.values():
-        config = dataclasses.replace(cell, out=tmp_path / cell.optimizer)
+    cells = [study.cells()[-1] for study in STUDIES.values()]
+    cells.append(compressed(recipe("cifar100"), 20))  # as many epochs as digits have by default
+    cells.append(dataclasses.replace(recipe("cifar10", "sgd"), batch_size=64))
+    for number, cell in enumerate(cells):
+        config = dataclasses.replace(cell, out=tmp_path / str(number))
         config.folder.mkdir()
         config.save()
         run = studies.publish(config, tmp_path / "run.jsonl", diverged="step 3")
