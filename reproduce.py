@@ -88,6 +88,12 @@ def reproduce(options: Options) -> None:
         print(f"{len(cells) - len(missing)} of {len(cells)} done, {left(missing, done)}")
         return
     if not options.report:
+        try:  # now, and not when the first run is done
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(
+                f"{folder} cannot be made: {error.strerror}; give another folder with --results"
+            ) from error
         cpu.use_cores(min(cell.batch_size for cell in cells))
         cpu.keep_memory()
         jax.config.update("jax_compilation_cache_dir", str((RUNS / "compiled").absolute()))

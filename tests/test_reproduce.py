@@ -96,7 +96,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
     wait_for(broken / "runs" / "vit" / CELLS[0] / "metrics.jsonl", 2, process)
     process.kill()
     process.communicate()
-    assert not (broken / "results").exists()
+    assert not list(broken.glob("results/vit/*.jsonl"))
     call(broken, monkeypatch, "--dry-run")
     output = capsys.readouterr().out
     assert f"/4 epochs  {CELLS[0]}" in output
@@ -139,11 +139,13 @@ def test_hours_are_kept(tmp_path):
     [
         (["--hours", "0"], "--hours is 0.0; it must be positive"),
         (["--seeds", "-1"], "--seeds is -1; it must be positive"),
+        (["--results", "file"], "cannot be made: Not a directory; give another folder with --res"),
         (["--report"], "holds no records; make them with reproduce.py --preset digits"),
     ],
 )
 def test_bad_options_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         reproduce.main()
