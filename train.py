@@ -55,7 +55,9 @@ def train(config: Config) -> list[Record]:
     folder = devices.on_first_process(lambda: RunFolder(config, dataset))
 
     with contextlib.ExitStack() as stack:
-        display = stack.enter_context(Display(config, program.steps_per_epoch, folder is None))
+        display = stack.enter_context(
+            Display(config, program.steps_per_epoch, program.evaluation_steps, quiet=folder is None)
+        )
         checkpoints = stack.enter_context(Checkpoints(config.folder / "checkpoints"))
         state = program.first_state()
         if config.resume:

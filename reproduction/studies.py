@@ -85,8 +85,8 @@ STUDIES = {
     ),
     "vit": Study(
         "A Vision Transformer",
-        DIGITS_SCALE,
-        (Grid(DIGITS, ("vit",), ("adamw", "autoscale"), 5),),
+        "scikit-learn's digits, enlarged to 16x16 pixels, for 40 epochs",
+        (Grid(compressed(recipe("digits"), 40), ("vit",), ("adamw", "autoscale"), 3),),
     ),
     "cpu": Study(
         "The paper's comparison on CIFAR-100, as far as a CPU goes",

@@ -27,16 +27,19 @@ class Display:
     Args:
       config: the run's options.
       steps_per_epoch: the number of steps in each epoch.
+      evaluation: how long one takes, in steps, for a start.
       quiet: whether to show nothing.
     """
 
-    def __init__(self, config: Config, steps_per_epoch: int, quiet: bool = False):
+    def __init__(
+        self, config: Config, steps_per_epoch: int, evaluation: float, quiet: bool = False
+    ):
         self._epochs = config.epochs
         self._batch_size = config.batch_size
         self._steps_per_epoch = steps_per_epoch
         self._steps = config.epochs * steps_per_epoch
         self._done = 0
-        self._clock = Clock(config.epochs, steps_per_epoch)
+        self._clock = Clock(config.epochs, steps_per_epoch, evaluation)
         self._curves = {name: Curve() for name in ("loss", "gradient std", "scale factor")}
         self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._levels = "▁▂▃▄▅▆▇█" if self._console.encoding.startswith("utf") else "_.-:=+*#"
@@ -180,12 +183,14 @@ class Clock:
     """Estimates how long a run will take until the end of its last epoch.
 
     It knows the time of a step, and of what lies between the last step of an epoch and the first
-    of the next: evaluation, records and checkpoint. The latter only once there was such a gap.
+    of the next: evaluation, records and checkpoint. Until there was such a gap it takes it to be as
+    long as `gap` steps.
     """
 
-    def __init__(self, epochs: int, steps_per_epoch: int):
+    def __init__(self, epochs: int, steps_per_epoch: int, gap: float):
         self._epochs = epochs
         self._steps_per_epoch = steps_per_epoch
+        self._first_gap = gap
         self._durations: deque[float] = deque(maxlen=steps_per_epoch)
         self._gaps: deque[float] = deque(maxlen=5)
         self.seconds_per_step: float | None = None
@@ -210,7 +215,8 @@ class Clock:
             return None
         steps = self._epochs * self._steps_per_epoch - self._done
         gaps = self._epochs - (self._done - 1) // self._steps_per_epoch
-        seconds = steps * self.seconds_per_step + gaps * (median(self._gaps) if self._gaps else 0)
+        gap = median(self._gaps) if self._gaps else self._first_gap * self.seconds_per_step
+        seconds = steps * self.seconds_per_step + gaps * gap
         return max(0.0, seconds - (time.monotonic() - self._before))
 
     def left(self) -> str:

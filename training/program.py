@@ -44,6 +44,8 @@ class Program:
         self.steps_per_epoch = num_images // size
         self._schedule = learning_rate_schedule(config, self.steps_per_epoch)
         self._num_test = len(dataset.test_labels)
+        # The time of an evaluation, in steps: gradients are two thirds of a step's work.
+        self.evaluation_steps = self._num_test / size / 3
         per_device = -(-min(EVAL_BATCH, self._num_test) // mesh.size)
         self._eval_batch = per_device * mesh.size
 
