@@ -86,7 +86,10 @@ def write_report(preset: str, folder: Path) -> None:
         header = ["runs", "method", "$p_t$ of each seed, in order"]
         sections.append(f"## Exponents\n\n{table(header, exponents)}")
     if pictures:
-        shown = [f"![{caption}]({name}.png)\n\n*{caption}*" for name, caption in pictures]
+        shown = [
+            f"![{caption}]({name}.png)\n\n*{caption} Scale: {study.scale}.*"
+            for name, caption in pictures
+        ]
         sections.append("\n\n".join(["## Figures", *shown]))
     (folder / "REPORT.md").write_text("\n\n".join(sections) + "\n")
 

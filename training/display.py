@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from statistics import mean, median
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -48,12 +47,7 @@ class Display:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
     def say(self, text: str, style: str = "") -> None:
