@@ -62,7 +62,8 @@ def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str]]:
 
 def layers(figure: Figure, groups: Sequence[Group]) -> None:
     """Figure 1: the standard deviation of each layer's gradient, by epoch."""
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(all_axes, groups, strict=True):
         runs = group.finished("autoscale")
         names = runs[0].records[0]["layer_std"]
         means = {
@@ -71,6 +72,7 @@ def layers(figure: Figure, groups: Sequence[Group]) -> None:
         }
         plot_layers(figure, axes, epochs(runs), means)
         finish(axes, group.title, yscale="log")
+    all_axes[0].set_ylabel("gradient std of each layer")
 
 
 def dynamics(figure: Figure, groups: Sequence[Group]) -> None:
