@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -235,17 +236,23 @@ def _histogram(name: str, entries: np.ndarray) -> Summary:
 def environment() -> dict[str, Any]:
     """Where a run takes place: versions, device and commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "optax-autoscale", "numpy")
-    source = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The commit of these sources, with `-dirty` where they differ from it; None without git."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # A study's records and report, which it writes between its runs, are no sources.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(exclude)results")
+    return (git("rev-parse", "HEAD") + ("-dirty" if changed else "")) or None
