@@ -23,20 +23,20 @@ from reproduction.studies import STUDIES, Run
 from train import NotFinite, train
 from training import cpu
 from training.checkpoints import CheckpointError
-from training.config import Config
+from training.config import Experiment, Launch
 from training.interruption import Interrupted
-from training.run_folder import read_records
+from training.record import read_records
 
 RUNS = Path("runs")  # what is under way: checkpoints, pictures, parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Makes the runs of a study that are missing, and reports on those that are there."""
+    """Runs what is missing from a study, and reports on what is there."""
 
     preset: Literal["digits", "ablation", "vit", "cpu", "paper"] = "digits"
     """The study. digits: the methods and models of the paper's Table 1 on a small data set;
-    ablation: the method's parts, behind AdamW and SGD; vit: a Vision Transformer; cpu: CIFAR-100
+    ablation: the method's parts, before AdamW and SGD; vit: a Vision Transformer; cpu: CIFAR-100
     for 5 epochs; paper: the paper's own scale."""
     hours: float | None = None
     """Stop after so long; the next call continues."""
@@ -76,16 +76,17 @@ def reproduce(options: Options) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be positive")
     folder = options.results / options.preset
-    cells = STUDIES[options.preset].cells(options.seeds)
-    done = {studies.name(run.cell): run for run in studies.read(folder)}
-    for cell in cells:
-        check_same(cell, done, folder)
-    missing = [cell for cell in cells if studies.name(cell) not in done]
+    experiments = STUDIES[options.preset].experiments(options.seeds)
+    done = studies.read(folder)
+    for experiment in experiments:
+        check_same(experiment, done, folder)
+    missing = [experiment for experiment in experiments if experiment.name not in done]
 
     if options.dry_run:
-        for cell in cells:
-            print(f"{progress(cell, done, options):>12}  {studies.name(cell)}")
-        print(f"{len(cells) - len(missing)} of {len(cells)} done, {left(missing, done)}")
+        for experiment in experiments:
+            print(f"{progress(experiment, done, options):>12}  {experiment.name}")
+        count = len(experiments)
+        print(f"{count - len(missing)} of {count} done, {left(missing, done)}")
         return
     if not options.report:
         try:  # now, and not when the first run is done
@@ -94,67 +95,70 @@ def reproduce(options: Options) -> None:
             raise type(error)(
                 f"{folder} cannot be made: {error.strerror}; give another folder with --results"
             ) from error
-        cpu.use_cores(min(cell.batch_size for cell in cells))
+        cpu.use_cores(min(experiment.batch_size for experiment in experiments))
         cpu.keep_memory()
         jax.config.update("jax_compilation_cache_dir", str((RUNS / "compiled").absolute()))
         with time_limit(options.hours):
-            for number, cell in enumerate(missing):
+            for number, experiment in enumerate(missing):
                 print(
-                    f"run {len(cells) - len(missing) + number + 1} of {len(cells)}, "
-                    f"{left(missing[number:], done)}: {studies.name(cell)}"
+                    f"run {len(experiments) - len(missing) + number + 1} of {len(experiments)}, "
+                    f"{left(missing[number:], done)}: {experiment.name}"
                 )
-                done[studies.name(cell)] = run(cell, options)
+                done[experiment.name] = run(experiment, options)
     write_report(options.preset, folder)
     print(f"{folder / 'REPORT.md'} holds the report of {len(done)} runs")
 
 
-def folder_of(cell: Config, options: Options) -> Path:
+def folder_of(experiment: Experiment, options: Options) -> Path:
     """Where a run is while it is made."""
-    return RUNS / options.preset / studies.name(cell)
+    return RUNS / options.preset / experiment.name
 
 
-def run(cell: Config, options: Options) -> Run:
-    """Makes a run, or continues it, and publishes its records."""
-    folder = folder_of(cell, options)
+def run(experiment: Experiment, options: Options) -> Run:
+    """Makes a run, or resumes it, and publishes its records."""
+    folder = folder_of(experiment, options)
     begun = (folder / "config.json").exists()
-    config = dataclasses.replace(cell, out=folder, data_dir=options.data_dir, resume=begun)
     diverged = None
     try:
-        train(config)
+        train(experiment, Launch(out=folder, data_dir=options.data_dir, resume=begun))
     except NotFinite as error:  # a result as well
         diverged = str(error)
         print(diverged)
-    path = options.results / options.preset / f"{studies.name(cell)}.jsonl"
-    finished = studies.publish(config, path, diverged)
+    path = options.results / options.preset / f"{experiment.name}.jsonl"
+    finished = studies.publish(experiment, folder, path, diverged)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     jax.clear_caches()
     return finished
 
 
-def check_same(cell: Config, done: dict[str, Run], folder: Path) -> None:
-    """Raises ValueError if the run that is there under a cell's name is another one."""
-    finished = done.get(studies.name(cell))
-    if finished and finished.cell != cell:
+def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> None:
+    """Raises ValueError if the run that is there under an experiment's name is another one."""
+    finished = done.get(experiment.name)
+    if finished and finished.experiment != experiment:
         changed = [
-            f"{key} is {value} there and {getattr(cell, key)} in the study"
-            for key, value in dataclasses.asdict(finished.cell).items()
-            if value != getattr(cell, key)
+            f"{key} is {value} there and {getattr(experiment, key)} in the study"
+            for key, value in dataclasses.asdict(finished.experiment).items()
+            if value != getattr(experiment, key)
         ]
         raise ValueError(
-            f"{folder / studies.name(cell)}.jsonl is of another recipe: {', '.join(changed)}; "
+            f"{folder / experiment.name}.jsonl is of another recipe: {', '.join(changed)}; "
             "move it away, or give another folder with --results"
         )
 
 
-def progress(cell: Config, done: dict[str, Run], options: Options) -> str:
+def progress(experiment: Experiment, done: dict[str, Run], options: Options) -> str:
     """How far a run is, in words."""
-    if studies.name(cell) in done:
+    if experiment.name in done:
         return "done"
-    records = folder_of(cell, options) / "metrics.jsonl"
-    return f"{len(read_records(records.parent))}/{cell.epochs} epochs" if records.exists() else "-"
+    records = folder_of(experiment, options) / "metrics.jsonl"
+    return (
+        f"{len(read_records(records.parent))}/{experiment.epochs} epochs"
+        if records.exists()
+        else "-"
+    )
 
 
-def left(missing: list[Config], done: dict[str, Run]) -> str:
+def left(missing: list[Experiment], done: dict[str, Run]) -> str:
     """How long the missing runs may take, in words."""
     if not missing:
         return "nothing left"
@@ -162,13 +166,13 @@ def left(missing: list[Config], done: dict[str, Run]) -> str:
     for run in done.values():
         if run.records:
             seconds = statistics.median(record["seconds"] for record in run.records)
-            speed = seconds * run.cell.epochs / studies.cost(run.cell)
-            speeds.setdefault(run.cell.model, []).append(speed)
+            speed = seconds * run.experiment.epochs / studies.cost(run.experiment)
+            speeds.setdefault(run.experiment.model, []).append(speed)
     if not speeds:
         return "time left unknown until a run is done"
     other = statistics.median(speed for values in speeds.values() for speed in values)
     seconds = sum(
-        studies.cost(cell) * statistics.median(speeds.get(cell.model, [other])) for cell in missing
+        studies.cost(each) * statistics.median(speeds.get(each.model, [other])) for each in missing
     )
     return f"about {timedelta(seconds=round(seconds))} left"
 

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from training import cpu, data, devices
 from training.checkpoints import CheckpointError, Checkpoints
 from training.choices import show_choices
-from training.config import Config, check_continues, parse
+from training.config import Experiment, Launch, check_resumes, parse, run_folder
 from training.display import Display
-from training.interruption import SAVE, Interrupted, Requests
+from training.interruption import Interrupted, Request, Requests
 from training.program import Program
 from training.record import Record
 from training.run_folder import RunFolder, save_model
+from training.steps import Measured
 
 AHEAD = 2  # steps that the host has handed to the devices before it looks at the oldest one's loss
 
@@ -28,73 +29,86 @@ class NotFinite(ArithmeticError):
     """A loss or gradient is NaN or infinite."""
 
 
-def train(config: Config) -> list[Record]:
-    """Trains as `config` says, and writes the results to `config.folder`.
+def train(experiment: Experiment, launch: Launch) -> list[Record]:
+    """Trains, and writes the results to the folder of the run.
 
     Args:
-      config: the options; with `resume`, those of the run that is continued.
+      experiment: what is trained; with `launch.resume`, that of the run in the folder.
+      launch: where and on what.
 
     Returns:
       The records of all epochs; none in a process other than the first.
 
     Raises:
-      ValueError: for an impossible option, or data that cannot be had.
+      ValueError: for an impossible option, or data that is unavailable.
       OSError: if the folder is in use, or cannot be written.
       CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
       Interrupted: after a signal to stop, once a checkpoint is written.
     """
-    config.validate()
-    if config.resume:
-        check_continues(config)
+    experiment.validate()
+    launch.validate()
+    path = run_folder(experiment, launch)
+    if launch.resume:
+        check_resumes(experiment, path)
     dataset = data.load(
-        config.dataset, config.data_dir, train_size=config.train_size, seed=config.seed
+        experiment.dataset,
+        launch.data_dir,
+        train_size=experiment.train_size,
+        seed=experiment.seed,
     )
     mesh = devices.make_mesh()
-    program = Program(config, dataset, mesh)
-    folder = devices.on_first_process(lambda: RunFolder(config, dataset))
+    program = Program(experiment, dataset, mesh, fsdp=launch.fsdp)
+    folder = devices.on_first_process(lambda: RunFolder(experiment, launch, dataset))
 
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(
-            Display(config, program.steps_per_epoch, program.evaluation_steps, quiet=folder is None)
+            Display(
+                experiment,
+                program.steps_per_epoch,
+                program.evaluation_steps,
+                quiet=folder is None,
+            )
         )
-        checkpoints = stack.enter_context(Checkpoints(config.folder / "checkpoints"))
+        checkpoints = stack.enter_context(Checkpoints(path / "checkpoints"))
         state = program.first_state()
-        if config.resume:
+        if launch.resume:
             state = checkpoints.restore(state, display.say) or state
         done = int(state.step)
-        if done > config.epochs * program.steps_per_epoch:
+        if done > experiment.epochs * program.steps_per_epoch:
             raise ValueError(
-                f"--epochs is {config.epochs}, and the run in {config.folder} has done "
+                f"--epochs is {experiment.epochs}, and the run in {path} has done "
                 f"{done / program.steps_per_epoch:.3g} already; give as many or more"
             )
         if folder:
             folder.begin(done // program.steps_per_epoch)
             stack.enter_context(folder)
-        display.say(f"{config.folder}: {describe(mesh)}, compiling ...")
+        display.say(f"{path}: {describe(mesh)}, compiling ...")
         if not done:  # shows at once whether the folder can hold checkpoints
             checkpoints.save(0, state)
         program.compile(state)
         display.start(done, folder.records if folder else [])
 
-        requests = stack.enter_context(Requests(mesh, config.checkpoint_minutes))
+        requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
         stack.enter_context(devices.ending_together())
-        for epoch in range(done // program.steps_per_epoch + 1, config.epochs + 1):
+        for epoch in range(done // program.steps_per_epoch + 1, experiment.epochs + 1):
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
-            in_flight: deque[tuple[int, jax.Array, jax.Array, jax.Array | None, Any]] = deque()
+            in_flight: deque[tuple[int, Measured, Any]] = deque()
             stop, grads = 0, None
             for done in range(first, last + 1):
                 state, measured = program.train_step(state, order)
-                loss, global_std, scale_factor, grads = measured
-                in_flight.append((done, loss, global_std, scale_factor, requests.next()))
-                request = 0
+                grads = measured.grads
+                in_flight.append((done, measured._replace(grads=None), requests.next()))
+                save = False
                 while len(in_flight) > (AHEAD if done < last else 0):
-                    request = max(request, look_at(*in_flight.popleft(), display))
-                if request and done < last:
+                    step, values, requested = in_flight.popleft()
+                    show(step, values, display)
+                    request = Request(*map(int, requested))
+                    save, stop = save or request.save > 0, max(stop, request.signal)
+                if done < last and (save or stop):
                     checkpoints.save(done, state)
-                if request > SAVE:
-                    stop = request
+                if stop:
                     break
             trained = time.perf_counter()
 
@@ -104,7 +118,7 @@ def train(config: Config) -> list[Record]:
                     raise NotFinite(f"after step {last}: the test loss is {test_loss}")
                 means = program.epoch_means(state)
                 layers = program.layer_entries(parameters=state.params, gradients=grads)
-                images = (last + 1 - first) * config.batch_size
+                images = (last + 1 - first) * experiment.batch_size
                 if folder:
                     record = Record(
                         epoch=epoch,
@@ -122,30 +136,23 @@ def train(config: Config) -> list[Record]:
                 checkpoints.save(last, state)
             if stop:
                 checkpoints.wait()
-                raise Interrupted(stop, done, config.folder)
+                raise Interrupted(stop, done, path)
 
-        save_model(config.folder, state.params, state.batch_stats)
-        display.say(f"{config.folder} holds the records, the pictures and the parameters")
+        save_model(path, state.params, state.batch_stats)
+        display.say(f"{path} holds the records, the pictures and the parameters")
     return folder.records if folder else []
 
 
-def look_at(
-    step: int,
-    loss: jax.Array,
-    global_std: jax.Array,
-    scale_factor: jax.Array | None,
-    request: Any,
-    display: Display,
-) -> int:
-    """Shows a step that was handed to the devices a while ago; returns what was requested there."""
-    if not np.isfinite([float(loss), float(global_std)]).all():
+def show(step: int, measured: Measured, display: Display) -> None:
+    """Shows a step once the devices have done it; raises NotFinite if there is nothing to show."""
+    loss, std = float(measured.loss), float(measured.global_std)
+    if not np.isfinite([loss, std]).all():
         raise NotFinite(
             f"step {step}: the training loss is {loss} and the gradients' standard deviation is "
-            f"{global_std}; the finished epochs are kept. A smaller --learning-rate may help"
+            f"{std}; the finished epochs are kept. A smaller --learning-rate may help"
         )
-    scale = None if scale_factor is None else float(scale_factor)
-    display.step(step, float(loss), float(global_std), scale)
-    return int(request)
+    scale = None if measured.scale_factor is None else float(measured.scale_factor)
+    display.step(step, loss, std, scale)
 
 
 def describe(mesh: Mesh) -> str:
@@ -160,13 +167,13 @@ def main() -> None:
     if not debug:  # Orbax logs errors with their tracebacks, and raises them as well
         logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        config = parse()
-        if config.list:
-            return show_choices(config)
-        cpu.use_cores(config.batch_size)
+        experiment, launch = parse()
+        if launch.list:
+            return show_choices(experiment.dataset)
+        cpu.use_cores(experiment.batch_size)
         cpu.keep_memory()
-        devices.start_processes(config)
-        train(config)
+        devices.start_processes(launch)
+        train(experiment, launch)
     except Interrupted as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

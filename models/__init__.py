@@ -1,22 +1,41 @@
 """The paper's convolutional networks and a Vision Transformer, in Flax NNX."""
 
 from collections.abc import Callable
+from typing import NamedTuple
+
+from flax import nnx
 
 from models.resnet import ResNet, resnet8, resnet20, resnet56, resnet110
 from models.vgg import VGG, vgg16_bn, vgg_tiny
 from models.vit import ViT, vit, vit_tiny
 
-# What `train.py` offers by name.
-MODELS: dict[str, Callable[..., ResNet | VGG | ViT]] = {
-    "resnet20": resnet20,
-    "resnet56": resnet56,
-    "vgg16_bn": vgg16_bn,
-    "vit": vit,
+
+class ModelSpec(NamedTuple):
+    """A model that `train.py` offers by name."""
+
+    make: Callable[..., nnx.Module]  # of `num_classes`, `channels`, `dtype` and `rngs`
+    label: str  # in titles, tables and figures
+    description: str  # what `train.py --list` says of it
+    multiply_adds: float  # of a 32x32 image, in millions: the relative cost of a run
+
+
+MODELS = {
+    "resnet20": ModelSpec(
+        resnet20, "ResNet-20", "residual network of 20 layers with parameter-free shortcuts", 40.6
+    ),
+    "resnet56": ModelSpec(
+        resnet56, "ResNet-56", "residual network of 56 layers with parameter-free shortcuts", 125.5
+    ),
+    "vgg16_bn": ModelSpec(
+        vgg16_bn, "VGG-16-BN", "plain network of 13 convolutions with batch normalization", 313.2
+    ),
+    "vit": ModelSpec(vit, "ViT", "Vision Transformer of 6 blocks on patches of 4x4 pixels", 178.0),
 }
 
 __all__ = [
     "MODELS",
     "VGG",
+    "ModelSpec",
     "ResNet",
     "ViT",
     "resnet8",

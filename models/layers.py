@@ -6,7 +6,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from models.cpu import conv_general_dilated
+from models.convolution import conv_general_dilated
 
 
 class BatchNorm(nnx.BatchNorm):

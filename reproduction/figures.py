@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reproduction.groups import METHODS, Group, label
+from reproduction.groups import Group
 from reproduction.studies import Run
+from training.optimizers import METHODS, method_label
 from training.plots import STYLE, plot_layers
 
 
@@ -108,7 +109,7 @@ def accuracies(figure: Figure, groups: Sequence[Group]) -> None:
         for method in group.runs:
             if runs := group.finished(method):
                 percent = 100 * values(runs, "test_accuracy")
-                band(axes, epochs(runs), percent, method, label(method, group.optimizer))
+                band(axes, epochs(runs), percent, method, method_label(method, group.optimizer))
         finish(axes, group.title)
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))

@@ -1,41 +1,12 @@
-"""The runs of a study as they are shown: by model and by method, each with its name and look."""
+"""The runs of a study as they are shown: by data set, model and optimizer, then by method."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from models import MODELS
 from reproduction.studies import Run
-
-MODELS = {"resnet20": "ResNet-20", "resnet56": "ResNet-56", "vgg16_bn": "VGG-16-BN", "vit": "ViT"}
-DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-
-
-class Look(NamedTuple):
-    """How a method is shown, in every table and picture."""
-
-    label: str
-    color: str  # Okabe and Ito's: told apart by the colour-blind
-    line: str = "-"
-
-
-METHODS = {
-    "adamw": Look("AdamW", "#000000"),
-    "gradient_normalization": Look("Gradient Normalization", "#009E73"),
-    "gradient_centralization": Look("Gradient Centralization", "#0072B2"),
-    "zscore": Look("Z-Score Normalization", "#CC79A7"),
-    "clip": Look("Clipping", "#E69F00"),
-    "centering": Look("centring only", "#0072B2", "--"),
-    "scaling": Look("scaling only", "#56B4E9"),
-    "constant": Look("centring, constant factor", "#009E73", "--"),
-    "autoscale": Look("Autoscale", "#D55E00"),
-    "autoscale_p1": Look("Autoscale, p = 1", "#D55E00", "--"),
-    "autoscale_p2": Look("Autoscale, p = 2", "#D55E00", ":"),
-    "autoscale_max1": Look("Autoscale, max_scale = 1", "#D55E00", "-."),
-}
-
-
-def label(method: str, optimizer: str = "adamw") -> str:
-    """A method's name, in tables and legends."""
-    return "SGD" if (method, optimizer) == ("adamw", "sgd") else METHODS[method].label
+from training.data import DATASETS
+from training.optimizers import METHODS, OPTIMIZERS
 
 
 class Group(NamedTuple):
@@ -57,16 +28,16 @@ def group(runs: Iterable[Run]) -> list[Group]:
     methods, models = list(METHODS), list(MODELS)
 
     def order(run: Run) -> tuple[str, str, int, int, int]:
-        cell = run.cell
-        model, method = models.index(cell.model), methods.index(cell.method)
-        return cell.dataset, cell.optimizer, model, method, cell.seed
+        it = run.experiment
+        model, method = models.index(it.model), methods.index(it.method)
+        return it.dataset, it.optimizer, model, method, it.seed
 
     groups: dict[tuple[str, str, str], Group] = {}
     for run in sorted(runs, key=order):
-        cell = run.cell
-        title = f"{MODELS[cell.model]} on {DATASETS[cell.dataset]}"
-        title += ", SGD" if cell.optimizer == "sgd" else ""
-        new = Group(title, cell.model, cell.optimizer, cell.dataset, {})
-        found = groups.setdefault((cell.dataset, cell.optimizer, cell.model), new)
-        found.runs.setdefault(cell.method, []).append(run)
+        it = run.experiment
+        title = f"{MODELS[it.model].label} on {DATASETS[it.dataset].label}"
+        title += f", {OPTIMIZERS[it.optimizer].label}"
+        new = Group(title, it.model, it.optimizer, it.dataset, {})
+        found = groups.setdefault((it.dataset, it.optimizer, it.model), new)
+        found.runs.setdefault(it.method, []).append(run)
     return list(groups.values())

@@ -11,35 +11,13 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 
 from reproduction import figures
-from reproduction.groups import DATASETS, METHODS, Group, group, label
-from reproduction.studies import STUDIES, Run, read
+from reproduction.groups import Group, group
+from reproduction.studies import PAPER_ACCURACY, STUDIES, Run, read
+from training.data import DATASETS
+from training.optimizers import METHODS, OPTIMIZERS, method_label
 
 LEVEL = 0.05  # of significance, over all comparisons of a study together
 POWER = 0.8
-# The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
-TABLE_1 = {
-    "resnet20": {
-        "adamw": 59.32,
-        "gradient_normalization": 59.58,
-        "gradient_centralization": 60.72,
-        "zscore": 59.53,
-        "autoscale": 61.34,
-    },
-    "resnet56": {
-        "adamw": 70.01,
-        "gradient_normalization": 70.50,
-        "gradient_centralization": 69.73,
-        "zscore": 68.58,
-        "autoscale": 71.29,
-    },
-    "vgg16_bn": {
-        "adamw": 74.54,
-        "gradient_normalization": 74.18,
-        "gradient_centralization": 73.82,
-        "zscore": 73.91,
-        "autoscale": 74.54,
-    },
-}
 
 
 class Comparison(NamedTuple):
@@ -67,7 +45,7 @@ def write_report(preset: str, folder: Path) -> None:
     Raises:
       ValueError: if there is no record in the folder, or a file that is none.
     """
-    runs = read(folder)
+    runs = list(read(folder).values())
     if not runs:
         raise ValueError(
             f"{folder} holds no records; make them with reproduce.py --preset {preset}"
@@ -99,9 +77,9 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
     tested = []
     for each in groups:
         for method in each.runs:
-            if method == "adamw" or "adamw" not in each.runs:
+            if method == "none" or "none" not in each.runs:
                 continue
-            ours, plain = accuracies(each, method), accuracies(each, "adamw")
+            ours, plain = accuracies(each, method), accuracies(each, "none")
             if min(len(ours), len(plain)) < 2 or ours.std() + plain.std() == 0:
                 continue
             test: Any = stats.ttest_ind(ours, plain, equal_var=False)
@@ -119,7 +97,7 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
 def summary(preset: str, runs: Sequence[Run]) -> str:
     """What was run, how much of it, and on what."""
     study = STUDIES[preset]
-    count = len(study.cells())
+    count = len(study.experiments())
 
     def every(key: str) -> str:
         return ", ".join(sorted({str(run.description[key]) for run in runs}))
@@ -136,20 +114,20 @@ def summary(preset: str, runs: Sequence[Run]) -> str:
     hours = sum(record["seconds"] for run in runs for record in run.records) / 3600
     recipes = {
         (
-            cell.dataset,
-            cell.epochs,
-            cell.batch_size,
-            cell.learning_rate,
-            cell.optimizer,
-            cell.decay_epochs,
+            DATASETS[it.dataset].label,
+            it.epochs,
+            it.batch_size,
+            it.learning_rate,
+            OPTIMIZERS[it.optimizer].label,
+            it.decay_epochs,
         )
-        for cell in (run.cell for run in runs)
+        for it in (run.experiment for run in runs)
     }
     lines = [
         f"Scale: {study.scale}. {len(runs)} runs; the study has {count}.",
         "",
         *(
-            f"- {DATASETS[dataset]}: {epochs} epochs, batches of {size}, {optimizer} at a rate of "
+            f"- {dataset}: {epochs} epochs, batches of {size}, {optimizer} at a rate of "
             f"{rate:g}, times 0.75 every {decay:g} epochs."
             for dataset, epochs, size, rate, optimizer, decay in sorted(recipes)
         ),
@@ -169,10 +147,10 @@ def summary(preset: str, runs: Sequence[Run]) -> str:
 
 def accuracy_table(each: Group, comparisons: Sequence[Comparison]) -> str:
     """The group's accuracies, beside the paper's where it has any."""
-    papers = TABLE_1.get(each.model, {}) if each.optimizer == "adamw" else {}
+    papers = PAPER_ACCURACY.get(each.model, {}) if each.optimizer == "adamw" else {}
     papers = {method: papers.get(method) for method in each.runs}
     with_paper = each.dataset != "cifar10" and all(papers.values())
-    plain = label("adamw", each.optimizer)
+    plain = method_label("none", each.optimizer)
     header = [
         "method",
         *(["paper (CIFAR-100)"] if with_paper else []),
@@ -186,7 +164,7 @@ def accuracy_table(each: Group, comparisons: Sequence[Comparison]) -> str:
     for method in each.runs:
         ours = accuracies(each, method)
         found = [c for c in comparisons if c.group is each and c.method == method]
-        row = [label(method, each.optimizer)]
+        row = [method_label(method, each.optimizer)]
         row += [number(papers[method])] if with_paper else []
         row += [number(ours.mean() if len(ours) else None)]
         row += [number(ours.std(ddof=1) if len(ours) > 1 else None), str(len(ours))]
@@ -200,7 +178,7 @@ def accuracy_table(each: Group, comparisons: Sequence[Comparison]) -> str:
         rows.append(row)
     text = f"**{each.title}**, top-1 test accuracy in %\n\n{table(header, rows)}"
     diverged = [
-        f"{label(method, each.optimizer)}, seed {run.cell.seed}: "
+        f"{method_label(method, each.optimizer)}, seed {run.experiment.seed}: "
         f"{run.description['diverged'].partition(';')[0]}"
         for method, runs in each.runs.items()
         for run in runs
@@ -224,10 +202,10 @@ def conclusions(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> s
         if not tests:
             continue
         supported = [test for test in tests if test.corrected < LEVEL]
-        plain = label("adamw", each.optimizer)
+        plain = method_label("none", each.optimizer)
         if supported:
             found = "; ".join(
-                f"{label(test.method, each.optimizer)} is "
+                f"{method_label(test.method, each.optimizer)} is "
                 f"{'above' if test.difference > 0 else 'below'} {plain} by "
                 f"{abs(test.difference):.2f} points"
                 for test in supported
@@ -260,7 +238,7 @@ def exponent_rows(groups: Sequence[Group]) -> list[list[str]]:
     return [
         [
             each.title,
-            label(method, each.optimizer),
+            method_label(method, each.optimizer),
             " ".join(str(run.records[-1]["exponent"]) if run.records else "-" for run in runs),
         ]
         for each in groups
@@ -274,20 +252,20 @@ def time_table(groups: Sequence[Group]) -> str:
     methods = [method for method in METHODS if any(method in g.runs for g in groups)]
     rows = []
     for method in methods:
-        row = [label(method)]
+        row = [METHODS[method].label]
         for each in groups:
             times = {
                 name: np.median(
                     [
-                        1000 * run.cell.batch_size / record["images_per_second"]
+                        1000 * run.experiment.batch_size / record["images_per_second"]
                         for run in each.runs.get(name, ())
                         for record in run.records
                     ]
                     or [math.nan]
                 )
-                for name in (method, "adamw")
+                for name in (method, "none")
             }
-            ratio = times[method] / times["adamw"]
+            ratio = times[method] / times["none"]
             row.append("-" if math.isnan(ratio) else f"{times[method]:.0f} ms (x{ratio:.2f})")
         rows.append(row)
     return (

@@ -6,28 +6,51 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.config import FREE, Config, recipe
-from training.record import Record
-from training.run_folder import read_records
+from models import MODELS
+from training.config import Experiment, option, recipe
+from training.data import DATASETS
+from training.record import SCHEMA, Record, RecordError, parse_records, read_records
 
-TABLE_1 = ("adamw", "gradient_normalization", "gradient_centralization", "zscore", "autoscale")
-PAPERS_MODELS = ("resnet20", "resnet56", "vgg16_bn")
-# Multiply-adds of a 32x32 image, in millions: how the cost of one model is guessed from another's.
-MULTIPLY_ADDS = {"resnet20": 41, "resnet56": 125, "vit": 178, "vgg16_bn": 313}
+# The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
+PAPER_ACCURACY = {
+    "resnet20": {
+        "none": 59.32,
+        "gradient_normalization": 59.58,
+        "gradient_centralization": 60.72,
+        "zscore": 59.53,
+        "autoscale": 61.34,
+    },
+    "resnet56": {
+        "none": 70.01,
+        "gradient_normalization": 70.50,
+        "gradient_centralization": 69.73,
+        "zscore": 68.58,
+        "autoscale": 71.29,
+    },
+    "vgg16_bn": {
+        "none": 74.54,
+        "gradient_normalization": 74.18,
+        "gradient_centralization": 73.82,
+        "zscore": 73.91,
+        "autoscale": 74.54,
+    },
+}
+PAPER_MODELS = tuple(PAPER_ACCURACY)
+PAPER_METHODS = tuple(PAPER_ACCURACY["resnet20"])
 
 
 class Grid(NamedTuple):
     """Runs of one recipe: every model with every method, `seeds` times."""
 
-    recipe: Config
+    recipe: Experiment
     models: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: int
 
-    def cells(self, seeds: int | None) -> list[Config]:
+    def experiments(self, seeds: int | None) -> list[Experiment]:
         """Its runs, those of the first `seeds` seeds (default: as many as the grid has)."""
         return [
-            dataclasses.replace(self.recipe, **{"model": model, "method": method, "seed": seed})
+            dataclasses.replace(self.recipe, model=model, method=method, seed=seed)
             for model in self.models
             for method in self.methods
             for seed in range(self.seeds if seeds is None else seeds)
@@ -41,19 +64,19 @@ class Study(NamedTuple):
     scale: str  # at which scale, for captions
     grids: tuple[Grid, ...]
 
-    def cells(self, seeds: int | None = None) -> list[Config]:
+    def experiments(self, seeds: int | None = None) -> list[Experiment]:
         """All runs: the cheapest first; of equal ones all methods of a seed before the next seed.
 
         So a study that was left unfinished compares methods on the same seeds.
         """
-        cells = [cell for grid in self.grids for cell in grid.cells(seeds)]
-        methods = list(dict.fromkeys(cell.method for cell in cells))
-        return sorted(cells, key=lambda cell: (cost(cell), cell.seed, methods.index(cell.method)))
+        runs = [experiment for grid in self.grids for experiment in grid.experiments(seeds)]
+        methods = list(dict.fromkeys(run.method for run in runs))
+        return sorted(runs, key=lambda run: (cost(run), run.seed, methods.index(run.method)))
 
 
-def compressed(config: Config, epochs: int) -> Config:
+def compressed(experiment: Experiment, epochs: int) -> Experiment:
     """The recipe in fewer epochs, in which the learning rate decays as far as in 200."""
-    return dataclasses.replace(config, epochs=epochs, decay_epochs=30 * epochs / 200)
+    return dataclasses.replace(experiment, epochs=epochs, decay_epochs=30 * epochs / 200)
 
 
 DIGITS, DIGITS_SGD = (
@@ -65,7 +88,7 @@ DIGITS_SCALE = (
     "for 200"
 )
 PARTS = (
-    *("adamw", "centering", "scaling", "constant"),
+    *("none", "centering", "scaling", "constant"),
     *("autoscale", "autoscale_p1", "autoscale_p2", "autoscale_max1"),
 )
 
@@ -73,7 +96,7 @@ STUDIES = {
     "digits": Study(
         "The paper's comparison, in minutes",
         DIGITS_SCALE,
-        (Grid(DIGITS, PAPERS_MODELS, TABLE_1, 5),),
+        (Grid(DIGITS, PAPER_MODELS, PAPER_METHODS, 5),),
     ),
     "ablation": Study(
         "Which part of the method does the work?",
@@ -86,97 +109,103 @@ STUDIES = {
     "vit": Study(
         "A Vision Transformer",
         "scikit-learn's digits, enlarged to 16x16 pixels, for 40 epochs",
-        (Grid(compressed(recipe("digits"), 40), ("vit",), ("adamw", "autoscale"), 3),),
+        (Grid(compressed(recipe("digits"), 40), ("vit",), ("none", "autoscale"), 3),),
     ),
     "cpu": Study(
         "The paper's comparison on CIFAR-100, as far as a CPU goes",
         "CIFAR-100, 5 epochs in place of 200",
-        (Grid(compressed(recipe("cifar100"), 5), ("resnet20",), TABLE_1, 1),),
+        (Grid(compressed(recipe("cifar100"), 5), ("resnet20",), PAPER_METHODS, 1),),
     ),
     "paper": Study(
         "The paper's comparison",
         "the paper's own: CIFAR-100, 200 epochs; its figures: CIFAR-10, 300 epochs",
         (
-            Grid(recipe("cifar100"), PAPERS_MODELS, TABLE_1, 5),
-            Grid(recipe("cifar10"), PAPERS_MODELS, ("autoscale",), 1),
+            Grid(recipe("cifar100"), PAPER_MODELS, PAPER_METHODS, 5),
+            Grid(recipe("cifar10"), PAPER_MODELS, ("autoscale",), 1),
         ),
     ),
 }
 
 
-def name(cell: Config) -> str:
-    """What a run's files are called."""
-    optimizer = "" if cell.optimizer == "adamw" else f"-{cell.optimizer}"
-    return f"{cell.dataset}-{cell.model}-{cell.method}{optimizer}-seed{cell.seed}"
-
-
-def cost(cell: Config) -> float:
+def cost(experiment: Experiment) -> float:
     """How long a run takes, up to a factor: its multiply-adds."""
-    images = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000}[cell.dataset]
-    area = {"digits": 1 / 4}.get(cell.dataset, 1)  # digits are 16x16
-    return cell.epochs * (cell.train_size or images) * area * MULTIPLY_ADDS[cell.model]
+    data = DATASETS[experiment.dataset]
+    images = experiment.train_size or data.num_train
+    area = (data.image_size / 32) ** 2
+    return experiment.epochs * images * area * MODELS[experiment.model].multiply_adds
 
 
 class Run(NamedTuple):
     """A finished run."""
 
-    cell: Config
+    experiment: Experiment
     description: dict[str, Any]  # command, versions, device, commit; what made it diverge, if so
     records: list[Record]
 
 
-def publish(config: Config, path: Path, diverged: str | None) -> Run:
+def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> Run:
     """Writes a finished run's record file: a line that describes it, then its epochs.
 
     Args:
-      config: the run, whose folder is `config.folder`.
+      experiment: what was run.
+      folder: the run's.
       path: the file, `results/<study>/<name>.jsonl`.
       diverged: why it ended before its last epoch, if it did.
+
+    Returns:
+      The run, as `read_run` reads it from the file.
+
+    Raises:
+      RecordError: if the folder does not hold the records of all epochs.
     """
-    description = json.loads((config.folder / "config.json").read_text())
-    options = {
-        key: value
-        for key, value in dataclasses.asdict(config).items()
-        if key == "epochs" or key not in FREE
-    }
-    default = dataclasses.asdict(recipe(config.dataset, config.optimizer))
-    given = {
-        key: value
+    default = dataclasses.asdict(recipe(experiment.dataset, experiment.optimizer))
+    options = dataclasses.asdict(experiment)
+    arguments = [
+        f"{option(key)}={value}"
         for key, value in options.items()
         if key in ("dataset", "optimizer") or value != default[key]
-    }
-    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    ]
+    description = json.loads((folder / "config.json").read_text())
+    del description["launch"]
     description |= {
         "command": shlex.join(["python", "train.py", *arguments]),
-        "config": options,
         "diverged": diverged,
     }
-    try:
-        records = read_records(config.folder)
-    except FileNotFoundError:  # it diverged in its first epoch
-        records = []
+    # A run that diverged in its first epoch has no records.
+    records = read_records(folder) if (folder / "metrics.jsonl").exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(line) + "\n" for line in (description, *records)))
+    run = read_run(part)
     part.replace(path)
-    return read_run(path)
+    return run
 
 
 def read_run(path: Path) -> Run:
     """A finished run, from its record file.
 
     Raises:
-      ValueError: if the file is no such record.
+      RecordError: if the file is not such a record.
     """
     try:
-        description, *records = map(json.loads, path.read_text().splitlines())
-        return Run(Config(**description.pop("config")), description, records)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the record of a run: {error}; remove it, and its run is made anew"
+        first, *lines = path.read_text().splitlines()
+        description = json.loads(first)
+        if description["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {description['schema']}, not {SCHEMA}")
+        experiment = Experiment(**description.pop("config"))
+        experiment.validate()
+        records = parse_records(lines, path)
+        if len(records) != experiment.epochs and not description["diverged"]:
+            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
+        return Run(experiment, description, records)
+    except RecordError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"{path} is not the record of a run: {error}; delete it to rerun"
         ) from error
 
 
-def read(folder: Path) -> list[Run]:
-    """The finished runs of a study, in the order of their names."""
-    return [read_run(path) for path in sorted(folder.glob("*.jsonl"))]
+def read(folder: Path) -> dict[str, Run]:
+    """The finished runs of a study by name, in the order of their names."""
+    return {path.stem: read_run(path) for path in sorted(folder.glob("*.jsonl"))}

@@ -12,22 +12,43 @@ import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
 
-# What `train.py` offers by name: the number of classes, and the mean and standard deviation of each
-# channel over the training images, in units of pixel / 255. Those of CIFAR-100 are the customary
-# ones, up to 0.0002 off.
+
+class DatasetSpec(NamedTuple):
+    """A data set that `train.py` offers by name."""
+
+    label: str  # in titles, tables and figures
+    description: str  # what `train.py --list` says of it
+    num_train: int  # training images
+    image_size: int  # height and width in pixels
+    num_classes: int
+    mean: tuple[float, ...]  # of each channel over the training images, in units of pixel / 255
+    std: tuple[float, ...]  # likewise
+
+
+# CIFAR's constants are the customary ones; those of CIFAR-100 are up to 0.0002 off.
 DATASETS = {
-    "digits": (10, (0.3054,), (0.3760,)),
-    "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "digits": DatasetSpec(
+        *("digits", "scikit-learn's handwritten digits, nothing to download"),
+        *(1437, 16, 10, (0.3054,), (0.3760,)),
+    ),
+    "cifar10": DatasetSpec(
+        *("CIFAR-10", "small color photographs"),
+        *(50_000, 32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ),
+    "cifar100": DatasetSpec(
+        *("CIFAR-100", "small color photographs"),
+        *(50_000, 32, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ),
 }
 
 
 class DataError(ValueError):
-    """A data set cannot be had as asked for; the message says why, and what to do about it."""
+    """A data set is unavailable as requested; the message says why, and what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +119,7 @@ def _digits() -> Dataset:
     labels = labels.astype(np.int32)
     split = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     train, test = map(np.asarray, split)
-    return Dataset(images[train], labels[train], images[test], labels[test], *DATASETS["digits"])
+    return _described("digits", images[train], labels[train], images[test], labels[test])
 
 
 def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
@@ -125,7 +146,16 @@ def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
             problem = f"{name} is not in {folder} and could not be prepared there ({reason})"
             remedy = f"with a network, run `{command} DIR`, then copy DIR/{name} into {root}"
         raise DataError(f"{problem}: {remedy}") from error
-    return Dataset(*train, *test, *DATASETS[name])
+    return _described(name, *train, *test)
+
+
+def _described(name: str, *arrays: np.ndarray) -> Dataset:
+    spec = DATASETS[name]
+    train_images, train_labels, test_images, test_labels = arrays
+    return Dataset(
+        *(train_images, train_labels, test_images, test_labels),
+        *(spec.num_classes, spec.mean, spec.std),
+    )
 
 
 def _subset(dataset: Dataset, name: str, train_size: int, seed: int) -> Dataset:

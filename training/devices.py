@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from training.config import Config
+from training.config import Launch
 
 T = TypeVar("T")
 
@@ -22,9 +22,9 @@ HEARTBEAT_SECONDS = 30  # until the processes that are left notice that one has 
 SMALLEST_SHARDED = 1024  # entries; smaller arrays are not worth a gather
 
 
-def start_processes(config: Config) -> None:
+def start_processes(launch: Launch) -> None:
     """Joins the other processes of a run, as the options or the cluster (Slurm, TPU, ...) tell."""
-    options = (config.coordinator, config.num_processes, config.process_id)
+    options = (launch.coordinator, launch.num_processes, launch.process_id)
     try:
         jax.distributed.initialize(*options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
@@ -45,7 +45,7 @@ def explain_an_early_end() -> None:
     last that is read.
     """
     advice = (
-        f"{_name()}: ended before its time, most often because another process stopped; "
+        f"{_name()}: terminated early, most often because another process stopped; "
         "start all of them again with --resume"
     )
     watcher = subprocess.Popen(

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from training.config import Config
+from training.config import Experiment
 from training.record import Record
 
 PLAIN_INTERVAL = 30.0  # seconds between lines within an epoch, where there is no terminal
@@ -24,21 +24,21 @@ class Display:
     """A live view of a run, to be entered as a context.
 
     Args:
-      config: the run's options.
+      experiment: what is trained.
       steps_per_epoch: the number of steps in each epoch.
       evaluation: how long one takes, in steps, for a start.
       quiet: whether to show nothing.
     """
 
     def __init__(
-        self, config: Config, steps_per_epoch: int, evaluation: float, quiet: bool = False
+        self, experiment: Experiment, steps_per_epoch: int, evaluation: float, quiet: bool = False
     ):
-        self._epochs = config.epochs
-        self._batch_size = config.batch_size
+        self._epochs = experiment.epochs
+        self._batch_size = experiment.batch_size
         self._steps_per_epoch = steps_per_epoch
-        self._steps = config.epochs * steps_per_epoch
+        self._steps = experiment.epochs * steps_per_epoch
         self._done = 0
-        self._clock = Clock(config.epochs, steps_per_epoch, evaluation)
+        self._clock = Clock(experiment.epochs, steps_per_epoch, evaluation)
         self._curves = {name: Curve() for name in ("loss", "gradient std", "scale factor")}
         self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._levels = "▁▂▃▄▅▆▇█" if self._console.encoding.startswith("utf") else "_.-:=+*#"

@@ -3,9 +3,10 @@
 import shlex
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,12 @@ from jax.sharding import Mesh
 
 from training.devices import by_batch, exit_at_once, is_first_process, put, replicated
 
-# A request to write a checkpoint. The others are the numbers of signals, all of them larger.
-SAVE = 1
+
+class Request(NamedTuple):
+    """What all processes of a run are to do after a step."""
+
+    save: int  # 1 to write a checkpoint, else 0
+    signal: int  # the number of the signal to stop at, 0 for none
 
 
 class Interrupted(BaseException):
@@ -24,7 +29,7 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int, step: int, folder: Path):
         super().__init__(
             f"{signal.Signals(signal_number).name}: stopped after step {step}, which a checkpoint "
-            f"holds; continue with: python train.py --resume --out {shlex.quote(str(folder))}"
+            f"holds; resume with: python train.py --resume --out {shlex.quote(str(folder))}"
         )
         self.exit_code = 128 + signal_number
 
@@ -42,7 +47,7 @@ class Requests:
         self._mesh = mesh
         self._interval = 60 * checkpoint_minutes
         self._signal = 0
-        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._largest = jax.jit(partial(jnp.max, axis=0), out_shardings=replicated(mesh))
 
     def __enter__(self) -> Self:
         self._asked = time.monotonic()
@@ -57,14 +62,15 @@ class Requests:
             signal.signal(number, handler)
 
     def next(self) -> Any:
-        """What all processes are to do: 0, `SAVE` or a signal's number; on the device, if many."""
+        """A `Request`'s two numbers; on the devices, if there are several processes."""
         due = is_first_process() and time.monotonic() - self._asked > self._interval
         if due:
             self._asked = time.monotonic()
-        request = self._signal or (SAVE if due else 0)
+        request = Request(due, self._signal)
         if jax.process_count() == 1:
             return request
-        return self._largest(put(np.full(self._mesh.size, request, np.int32), by_batch(self._mesh)))
+        of_all = np.full((self._mesh.size, 2), request, np.int32)
+        return self._largest(put(of_all, by_batch(self._mesh)))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:

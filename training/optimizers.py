@@ -1,14 +1,32 @@
-"""The gradient methods by name, and the optimizer behind them."""
+"""The gradient methods and the optimizers by name, and how a run chains the two."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
 import optax_autoscale
-from training.config import Config
+
+
+class MethodSpec(NamedTuple):
+    """What is done to the gradients before the optimizer sees them."""
+
+    make: Callable[[], optax.GradientTransformation]
+    label: str  # in titles, tables and figures
+    description: str  # what `train.py --list` says of it
+    color: str  # Okabe and Ito's: told apart by the color-blind
+    line: str = "-"
+
+
+class OptimizerSpec(NamedTuple):
+    """An optimizer with its weight decay."""
+
+    make: Callable[[optax.ScalarOrSchedule, float], optax.GradientTransformation]
+    label: str
+    description: str
+    learning_rate: float  # the default
 
 
 def fixed_exponent(exponent: int) -> optax.GradientTransformation:
@@ -23,42 +41,128 @@ def fixed_exponent(exponent: int) -> optax.GradientTransformation:
 
 
 def centering_by_constant(factor: float) -> optax.GradientTransformation:
-    """Centres each weight gradient and scales all of them by a constant."""
+    """Centers each weight gradient and multiplies all of them by a constant."""
     return optax.chain(optax.scale(factor), optax_autoscale.center_layers())
 
 
-METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adamw": optax.identity,
-    "autoscale": optax_autoscale.autoscale,
-    "gradient_centralization": optax_autoscale.gradient_centralization,
-    "gradient_normalization": optax_autoscale.gradient_normalization,
-    "zscore": optax_autoscale.zscore_normalization,
-    "clip": partial(optax.clip_by_global_norm, 1.0),
-    "centering": optax_autoscale.center_layers,
-    "scaling": optax_autoscale.scale_by_global_std,
-    "constant": partial(centering_by_constant, 0.4),
-    "autoscale_p1": partial(fixed_exponent, 1),
-    "autoscale_p2": partial(fixed_exponent, 2),
-    "autoscale_max1": partial(optax_autoscale.autoscale, max_scale=1.0),
+def adamw(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+
+def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
+    penalty = optax.add_decayed_weights(weight_decay)
+    return optax.chain(penalty, optax.sgd(learning_rate, momentum=0.9))
+
+
+METHODS = {
+    "none": MethodSpec(optax.identity, "None", "the plain optimizer", "#000000"),
+    "gradient_normalization": MethodSpec(
+        optax_autoscale.gradient_normalization,
+        "Gradient Normalization",
+        "divide all gradients by their global norm",
+        "#009E73",
+    ),
+    "gradient_centralization": MethodSpec(
+        optax_autoscale.gradient_centralization,
+        "Gradient Centralization",
+        "subtract the mean of each output feature (Yong 2020)",
+        "#0072B2",
+    ),
+    "zscore": MethodSpec(
+        optax_autoscale.zscore_normalization,
+        "Z-Score Normalization",
+        "each layer to mean 0 and standard deviation 1 (Yun 2024)",
+        "#CC79A7",
+    ),
+    "clip": MethodSpec(
+        partial(optax.clip_by_global_norm, 1.0),
+        "Clipping",
+        "bound the global norm by 1",
+        "#E69F00",
+    ),
+    "centering": MethodSpec(
+        optax_autoscale.center_layers,
+        "centering only",
+        "the centering half of autoscale",
+        "#0072B2",
+        "--",
+    ),
+    "scaling": MethodSpec(
+        optax_autoscale.scale_by_global_std,
+        "scaling only",
+        "the scaling half of autoscale",
+        "#56B4E9",
+    ),
+    "constant": MethodSpec(
+        partial(centering_by_constant, 0.4),
+        "centering, constant factor",
+        "center each layer, scale all by 0.4",
+        "#009E73",
+        "--",
+    ),
+    "autoscale": MethodSpec(
+        optax_autoscale.autoscale,
+        "Autoscale",
+        "the paper's method: center each layer, scale all by one factor",
+        "#D55E00",
+    ),
+    "autoscale_p1": MethodSpec(
+        partial(fixed_exponent, 1),
+        "Autoscale, p = 1",
+        "autoscale with exponent 1 from the first step",
+        "#D55E00",
+        "--",
+    ),
+    "autoscale_p2": MethodSpec(
+        partial(fixed_exponent, 2),
+        "Autoscale, p = 2",
+        "autoscale with exponent 2 throughout",
+        "#D55E00",
+        ":",
+    ),
+    "autoscale_max1": MethodSpec(
+        partial(optax_autoscale.autoscale, max_scale=1.0),
+        "Autoscale, max_scale = 1",
+        "autoscale whose factor is at most 1",
+        "#D55E00",
+        "-.",
+    ),
+}
+
+OPTIMIZERS = {
+    "adamw": OptimizerSpec(adamw, "AdamW", "Adam with decoupled weight decay", 1e-3),
+    "sgd": OptimizerSpec(sgd, "SGD", "momentum of 0.9 and an L2 penalty", 0.1),
 }
 
 
-def learning_rate_schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """The paper's step decay, from steps to learning rates: times 0.75 every 30 epochs."""
-    transition_steps = max(1, round(config.decay_epochs * steps_per_epoch))
-    return optax.exponential_decay(
-        config.learning_rate, transition_steps, decay_rate=0.75, staircase=True
-    )
+def method_label(method: str, optimizer: str) -> str:
+    """A method's name in tables and legends; without any it is the optimizer's."""
+    return OPTIMIZERS[optimizer].label if method == "none" else METHODS[method].label
 
 
-def make_optimizer(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+def learning_rate_schedule(
+    learning_rate: float, decay_epochs: float, steps_per_epoch: int
+) -> optax.Schedule:
+    """The paper's step decay: times 0.75 every `decay_epochs` epochs.
+
+    Args:
+      learning_rate: the value at the start.
+      decay_epochs: how many epochs each value lasts.
+      steps_per_epoch: the number of steps in an epoch.
+
+    Returns:
+      The learning rate as a function of the number of steps taken.
+    """
+    transition_steps = max(1, round(decay_epochs * steps_per_epoch))
+    return optax.exponential_decay(learning_rate, transition_steps, decay_rate=0.75, staircase=True)
+
+
+def make_optimizer(
+    method: str, optimizer: str, learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> optax.GradientTransformation:
     """The method's transformation, chained before the optimizer."""
-    learning_rate = learning_rate_schedule(config, steps_per_epoch)
-    method = METHODS[config.method]()
-    if config.optimizer == "adamw":
-        return optax.chain(method, optax.adamw(learning_rate, weight_decay=config.weight_decay))
     return optax.chain(
-        method,
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(learning_rate, momentum=0.9),
+        METHODS[method].make(), OPTIMIZERS[optimizer].make(learning_rate, weight_decay)
     )

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from models import MODELS
 from training import devices, steps
-from training.config import Config
+from training.config import Experiment
 from training.data import Dataset
+from training.layers import LayerPaths, layer_entries, layer_paths
 from training.optimizers import learning_rate_schedule, make_optimizer
 
 EVAL_BATCH = 512
@@ -21,16 +22,17 @@ class Program:
     """What a run does with its state; the same on one device and on many processes'.
 
     Args:
-      config: the run's options.
+      experiment: what is trained.
       dataset: what it trains on.
       mesh: the devices.
+      fsdp: whether parameters and optimizer state are sharded.
 
     Raises:
       ValueError: if the batches do not fit the data or the devices.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, mesh: Mesh):
-        size, num_images = config.batch_size, len(dataset.train_labels)
+    def __init__(self, experiment: Experiment, dataset: Dataset, mesh: Mesh, *, fsdp: bool = False):
+        size, num_images = experiment.batch_size, len(dataset.train_labels)
         if size > num_images:
             raise ValueError(
                 f"--batch-size is {size}, more than the {num_images} training images; "
@@ -42,7 +44,9 @@ class Program:
                 f"choose a multiple of {mesh.size}"
             )
         self.steps_per_epoch = num_images // size
-        self._schedule = learning_rate_schedule(config, self.steps_per_epoch)
+        self._schedule = learning_rate_schedule(
+            experiment.learning_rate, experiment.decay_epochs, self.steps_per_epoch
+        )
         self._num_test = len(dataset.test_labels)
         # The time of an evaluation, in steps: gradients are two thirds of a step's work.
         self.evaluation_steps = self._num_test / size / 3
@@ -50,35 +54,36 @@ class Program:
         self._eval_batch = per_device * mesh.size
 
         make_model = partial(
-            MODELS[config.model],
+            MODELS[experiment.model].make,
             num_classes=dataset.num_classes,
             channels=dataset.train_images.shape[-1],
-            dtype=config.precision,
+            dtype=experiment.precision,
         )
-        tx = make_optimizer(config, self.steps_per_epoch)
+        tx = make_optimizer(
+            experiment.method, experiment.optimizer, self._schedule, experiment.weight_decay
+        )
 
         # An argument, as constants would make another program of each seed.
-        seed = np.uint32(config.seed)
+        seed = np.uint32(experiment.seed)
+
+        def structure() -> tuple[nnx.Module, LayerPaths]:
+            model = make_model(rngs=nnx.Rngs(0))
+            return model, layer_paths(model)
+
+        model, self.layers = nnx.eval_shape(structure)
 
         def first_state(seed: jax.Array) -> steps.TrainState:
-            return steps.init_state(make_model(rngs=nnx.Rngs(jax.random.key(seed))), tx, seed)
+            model = make_model(rngs=nnx.Rngs(jax.random.key(seed)))
+            return steps.init_state(model, tx, seed, self.layers)
 
         everywhere, split = devices.replicated(mesh), devices.by_batch(mesh)
-        place = devices.state_shardings(jax.eval_shape(first_state, seed), mesh, fsdp=config.fsdp)
-        self._attributes: list[str] = []
-
-        def structure() -> nnx.Module:
-            model = make_model(rngs=nnx.Rngs(config.seed))
-            self._attributes = list(vars(model))  # `eval_shape` sorts them
-            return model
-
-        model = nnx.eval_shape(structure)
+        place = devices.state_shardings(jax.eval_shape(first_state, seed), mesh, fsdp=fsdp)
         self._train_data = (
-            devices.put(dataset.train_images, everywhere),
+            devices.put(steps.flat_images(dataset.train_images), everywhere),
             devices.put(dataset.train_labels, everywhere),
         )
         self._test_data = (
-            devices.put(dataset.test_images, everywhere),
+            devices.put(steps.flat_images(dataset.test_images), everywhere),
             devices.put(dataset.test_labels, everywhere),
         )
         self.first_state = partial(jax.jit(first_state, out_shardings=place), seed)
@@ -86,7 +91,7 @@ class Program:
         self.epoch_order = partial(order, seed)
         one: Any = everywhere
         self._train_step: Any = jax.jit(
-            steps.make_train_step(model, tx, config, dataset, split),
+            steps.make_train_step(model, tx, experiment, dataset, split, self.layers),
             donate_argnums=0,
             out_shardings=(place, steps.Measured(one, one, one, place.params)),
         )
@@ -94,7 +99,9 @@ class Program:
             steps.make_eval_step(model, dataset, self._eval_batch, split),
             out_shardings=everywhere,
         )
-        self._layer_entries: Any = jax.jit(steps.layer_entries, out_shardings=everywhere)
+        self._layer_entries: Any = jax.jit(
+            partial(layer_entries, paths=self.layers), out_shardings=everywhere
+        )
 
     def compile(self, state: steps.TrainState) -> None:
         """Compiles all functions, so that no epoch's time has that in it."""
@@ -121,15 +128,16 @@ class Program:
 
     def epoch_means(self, state: steps.TrainState) -> dict[str, Any]:
         """The statistics of the epoch that the state is at the end of; see `steps.epoch_means`."""
-        return steps.epoch_means(state, self._attributes, self.steps_per_epoch)
+        return steps.epoch_means(state, self.layers, self.steps_per_epoch)
 
     def layer_entries(self, **trees: Any) -> dict[str, np.ndarray]:
-        """See `steps.layer_entries`; names are those of the trees and of the paths in them."""
-        layers = {name: self._layer_entries(tree) for name, tree in trees.items()}
+        """See `layers.layer_entries`; names are those of the trees and of the layers."""
         return {
-            f"{name}/{path}": entries
-            for name, tree in jax.device_get(layers).items()
-            for path, entries in tree.items()
+            f"{tree}/{layer}": entries
+            for tree in trees
+            for layer, entries in zip(
+                self.layers.names, jax.device_get(self._layer_entries(trees[tree])), strict=True
+            )
         }
 
     def learning_rate(self, epoch: int) -> float:

@@ -1,6 +1,19 @@
-"""What is recorded of an epoch."""
+"""What is recorded of an epoch, and how it is read back."""
 
-from typing import TypedDict
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+# Of `config.json` and of the record files of a study. 1, unwritten there: the method `none` was
+# called `adamw`.
+SCHEMA = 2
+
+
+class RecordError(ValueError):
+    """A file of records is missing or damaged; the message names it and what is wrong."""
 
 
 class Record(TypedDict):
@@ -18,3 +31,66 @@ class Record(TypedDict):
     layer_std: dict[str, float]  # of the raw gradients by parameter path, from input to output
     images_per_second: float  # in training
     seconds: float  # of training and evaluation
+
+
+OPTIONAL = ("scale_factor", "exponent")
+# Keys that records of an earlier version lack; they read as None.
+LATER: tuple[str, ...] = ()
+
+
+def read_records(folder: str | os.PathLike[str]) -> list[Record]:
+    """The epochs of a run, from its `metrics.jsonl`.
+
+    Raises:
+      RecordError: if a line is not the record of the next epoch.
+    """
+    path = Path(folder, "metrics.jsonl")
+    return parse_records(path.read_text().splitlines(), path)
+
+
+def parse_records(lines: Sequence[str], path: Path) -> list[Record]:
+    """Records from lines of JSON: epochs 1, 2, ... once each.
+
+    Args:
+      lines: one record each.
+      path: the file that they are from.
+
+    Returns:
+      The records; keys that came later than the file are None.
+
+    Raises:
+      RecordError: at a line that is not the record of the next epoch.
+    """
+    records = []
+    for epoch, line in enumerate(lines, start=1):
+        try:
+            records.append(_checked(json.loads(line), epoch))
+        except ValueError as error:
+            raise RecordError(f"{path} is damaged: epoch {epoch}: {error}") from error
+    return records
+
+
+def _checked(record: Any, epoch: int) -> Record:
+    if not isinstance(record, dict):
+        raise ValueError("not a record")
+    record = dict.fromkeys(LATER) | record
+    names = set(Record.__annotations__)
+    if wrong := names.symmetric_difference(record):
+        missing = sorted(names - set(record))
+        raise ValueError(f"{'missing' if missing else 'unknown'}: {', '.join(missing or wrong)}")
+    if record["epoch"] != epoch:
+        raise ValueError(f"the record of epoch {record['epoch']} stands in its place")
+    values = {name: record[name] for name in names - {"layer_std"}}
+    values |= {f"layer_std of {layer}": std for layer, std in record["layer_std"].items()}
+    for name, value in values.items():
+        if value is None and name in (*OPTIONAL, *LATER):
+            continue
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+    if not 0 <= record["test_accuracy"] <= 1:
+        raise ValueError(f"test_accuracy is {record['test_accuracy']}, not between 0 and 1")
+    return cast(Record, {name: record[name] for name in Record.__annotations__})

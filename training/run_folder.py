@@ -6,19 +6,14 @@ import errno
 import importlib
 import json
 import os
-import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -28,10 +23,12 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
-from training import plots
-from training.config import Config
-from training.data import Dataset
-from training.record import Record
+from training import config, plots
+from training.config import Experiment, Launch, run_folder
+from training.data import DATASETS, Dataset
+from training.optimizers import METHODS, OPTIMIZERS
+from training.provenance import environment
+from training.record import SCHEMA, Record
 
 
 class RunFolder:
@@ -40,40 +37,43 @@ class RunFolder:
     In a run of several processes, only the first one has any.
 
     Args:
-      config: the run's options; `config.folder` is created, or continued with `config.resume`.
+      experiment: what is trained.
+      launch: how; the folder is created, or with `launch.resume` goes on.
       dataset: what it trains on.
 
     Raises:
-      OSError: if the folder cannot be used, or holds something and `config.resume` is not set;
+      OSError: if the folder cannot be used, or holds something and `launch.resume` is not set;
         nothing is touched then.
-      ValueError: if `config.wandb` is set and the package is not installed.
+      ValueError: if `launch.wandb` is set and the package is not installed.
     """
 
-    def __init__(self, config: Config, dataset: Dataset):
-        self._config = config
+    def __init__(self, experiment: Experiment, launch: Launch, dataset: Dataset):
+        self._experiment = experiment
+        self._launch = launch
         self._description = {
+            "schema": SCHEMA,
             "command": shlex.join(["python", *sys.argv]),
             "num_classes": dataset.num_classes,
             "channels": dataset.train_images.shape[-1],
             **environment(),
         }
-        self.path = path = config.folder
+        self.path = path = run_folder(experiment, launch)
         self.records: list[Record] = []
         self._tensorboard: EventsWriter | None = None
         self._wandb: Any = None
-        if config.wandb and not find_spec("wandb"):
+        if launch.wandb and not find_spec("wandb"):
             raise ValueError(
                 "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
             )
-        if not config.resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not launch.resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(
                 f"{path} exists already and is left as it is; "
-                "continue it with --resume, give another folder with --out, or remove it"
+                "resume it with --resume, give another folder with --out, or remove it"
             )
         with _explained(path):
             path.mkdir(parents=True, exist_ok=True)
-            if not config.resume:
-                config.save(**self._description)
+            if not launch.resume:
+                self._save_config()
 
     def begin(self, epochs: int) -> None:
         """Opens the records, and keeps the first `epochs` of those that are there."""
@@ -85,7 +85,7 @@ class RunFolder:
                 part = path.with_suffix(".part")
                 part.write_text("".join(lines))
                 part.replace(path)
-                self._config.save(**self._description)
+                self._save_config()
         with _explained(self.path):
             (self.path / "tensorboard").mkdir(exist_ok=True)
             # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
@@ -94,21 +94,21 @@ class RunFolder:
             self._tensorboard.write_event(
                 Event(wall_time=time.time(), step=epochs + 1, session_log=hide_later)
             )
-        if self._config.wandb:
+        if self._launch.wandb:
             wandb: Any = importlib.import_module("wandb")
             try:
                 self._wandb = wandb.init(
                     project="optax-autoscale",
                     name=self.path.name,
                     dir=self.path,
-                    config=dataclasses.asdict(self._config),
+                    config=dataclasses.asdict(self._experiment),
                     resume="auto",
                     settings=wandb.Settings(console="off"),
                 )
             except wandb.Error as error:
                 raise OSError(
                     f"Weights & Biases cannot be used: {error}; log in with `wandb login`, set "
-                    "WANDB_MODE=offline, or give --no-wandb, and continue with --resume"
+                    "WANDB_MODE=offline, or give --no-wandb, and resume with --resume"
                 ) from error
 
     def write(self, record: Record, layers: dict[str, np.ndarray]) -> None:
@@ -150,8 +150,13 @@ class RunFolder:
 
     @property
     def _title(self) -> str:
-        config = self._config
-        return f"{config.method}: {config.model} on {config.dataset}, seed {config.seed}"
+        it = self._experiment
+        optimizer, method = OPTIMIZERS[it.optimizer].label, METHODS[it.method].label
+        chain = optimizer if it.method == "none" else f"{method} before {optimizer}"
+        return f"{chain}: {MODELS[it.model].label} on {DATASETS[it.dataset].label}, seed {it.seed}"
+
+    def _save_config(self) -> None:
+        config.save(self.path, self._experiment, self._launch, **self._description)
 
 
 @contextlib.contextmanager
@@ -161,7 +166,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = (
-            "make room and continue with --resume"
+            "make room and resume with --resume"
             if error.errno in (errno.ENOSPC, errno.EDQUOT)
             else "choose another folder with --out"
         )
@@ -174,12 +179,6 @@ def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
     ocp.save(str(folder.absolute() / "parameters"), state, overwrite=True)
 
 
-def read_records(folder: str | os.PathLike[str]) -> list[Record]:
-    """The epochs of a run, from its `metrics.jsonl`."""
-    with open(Path(folder, "metrics.jsonl")) as file:
-        return [json.loads(line) for line in file]
-
-
 def load_model(folder: str | os.PathLike[str]) -> nnx.Module:
     """The trained model of a finished run, in evaluation mode.
 
@@ -190,12 +189,12 @@ def load_model(folder: str | os.PathLike[str]) -> nnx.Module:
       The network that `config.json` describes, with the parameters that the run ended with.
     """
     description = json.loads(Path(folder, "config.json").read_text())
-    config = description["config"]
-    model = MODELS[config["model"]](
+    experiment = description["config"]
+    model = MODELS[experiment["model"]].make(
         num_classes=description["num_classes"],
         channels=description["channels"],
-        dtype=config["precision"],
-        rngs=nnx.Rngs(config["seed"]),
+        dtype=experiment["precision"],
+        rngs=nnx.Rngs(experiment["seed"]),
     )
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     nnx.update(model, ocp.load(str(Path(folder).absolute() / "parameters"), state))
@@ -231,28 +230,3 @@ def _histogram(name: str, entries: np.ndarray) -> Summary:
         bucket_limits=edges[1:].tolist(),
         bucket_counts=counts.tolist(),
     )
-
-
-def environment() -> dict[str, Any]:
-    """Where a run takes place: versions, device and commit."""
-    packages = ("jax", "jaxlib", "flax", "optax", "optax-autoscale", "numpy")
-    return {
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of these sources, with `-dirty` where they differ from it; None without git."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    # A study's records and report, which it writes between its runs, are no sources.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(exclude)results")
-    return (git("rev-parse", "HEAD") + ("-dirty" if changed else "")) or None

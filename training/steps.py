@@ -1,20 +1,20 @@
 """The state of a run, and the compiled functions that act on it; data stay on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Sharding
 
-from optax_autoscale import global_std, layer_std
+from optax_autoscale import global_std
 from training.augmentation import cutmix, normalize, random_crop, random_flip
-from training.config import Config
+from training.config import Experiment
 from training.data import Dataset
-
-LARGEST_HISTOGRAM = 2**16  # entries; what lies behind a picture of 30 bars need not be more
+from training.layers import LayerPaths, layer_stds
 
 
 class TrainState(NamedTuple):
@@ -34,69 +34,63 @@ class Measured(NamedTuple):
     loss: jax.Array  # shape=(), dtype=float32
     global_std: jax.Array  # shape=(), dtype=float32
     scale_factor: jax.Array | None  # shape=(), dtype=float32; None where the method has none
-    grads: nnx.State  # as the parameters
+    grads: nnx.State | None  # as the parameters
 
 
 def init_state(
-    model: nnx.Module, tx: optax.GradientTransformation, seed: jax.typing.ArrayLike
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    seed: jax.typing.ArrayLike,
+    layers: LayerPaths,
 ) -> TrainState:
     """The state before the first step."""
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     opt_state = tx.init(params)
-    totals = jax.tree.map(jnp.zeros_like, measure(jnp.float32(0), params, opt_state))
+    totals = jax.tree.map(jnp.zeros_like, measure(jnp.float32(0), params, opt_state, layers))
     return TrainState(jnp.int32(0), jnp.uint32(seed), params, batch_stats, opt_state, totals)
 
 
-def measure(loss: jax.Array, grads: nnx.State, opt_state: optax.OptState) -> dict[str, Any]:
+def measure(
+    loss: jax.Array, grads: nnx.State, opt_state: optax.OptState, layers: LayerPaths
+) -> dict[str, Any]:
     """What is recorded of each step; all of the gradients as they come, before the method."""
     return {
         "train_loss": loss,
         "global_std": global_std(grads),
-        "layer_std": layer_std(grads),
+        "layer_std": layer_stds(grads, layers),
         "scale_factor": optax.tree.get(opt_state, "scale_factor", None),
     }
 
 
-def epoch_means(state: TrainState, attributes: Sequence[str], steps: int) -> dict[str, Any]:
+def epoch_means(state: TrainState, layers: LayerPaths, steps: int) -> dict[str, Any]:
     """The means over an epoch's steps of what `measure` gives, and the exponent at its end.
 
     Args:
       state: the state after the epoch's last step.
-      attributes: the model's, in the order from its input to its output.
+      layers: the layers' paths.
       steps: the number of steps in the epoch.
 
     Returns:
       Python numbers, None where the method has no such thing; `layer_std` is a dictionary from
-      paths such as `"stem/conv/kernel"`, from the network's input to its output.
+      names such as `"stem/conv/kernel"`, from the network's input to its output.
     """
     totals, exponent = jax.device_get(
         (state.totals, optax.tree.get(state.opt_state, "exponent", None))
     )
-    layers, _ = jax.tree_util.tree_flatten_with_path(totals.pop("layer_std"))
-    paths = {tuple(key.key for key in path if hasattr(key, "key")): std for path, std in layers}
-    ordered = sorted(paths, key=lambda path: (attributes.index(path[0]), *path[1:]))
+    stds = (totals.pop("layer_std") / steps).tolist()
     return {
         **{name: None if total is None else float(total) / steps for name, total in totals.items()},
         "exponent": None if exponent is None else int(exponent),
-        "layer_std": {"/".join(map(str, path)): float(paths[path]) / steps for path in ordered},
+        "layer_std": dict(zip(layers.names, stds, strict=True)),
     }
 
 
-def layer_entries(tree: nnx.State) -> dict[str, jax.Array]:
-    """The entries of each layer's parameters or gradients, for a histogram of them.
+def flat_images(images: np.ndarray) -> np.ndarray:
+    """Images as rows of bytes, of shape `(n, height * width * channels)`.
 
-    Args:
-      tree: parameters, or what has their structure.
-
-    Returns:
-      An array of shape `(entries,)` for each with more than one axis, by its path such as
-      `"stem/conv/kernel"`; of more than `LARGEST_HISTOGRAM` entries every k-th, k odd.
+    A TPU copies an array of small images whole before it gathers a batch from it, but not rows.
     """
-    return {
-        "/".join(map(str, path)): leaf[...].ravel()[:: leaf.size // LARGEST_HISTOGRAM | 1]
-        for path, leaf in nnx.to_flat_state(tree)
-        if leaf.ndim > 1
-    }
+    return images.reshape(len(images), -1)
 
 
 def epoch_order(seed: jax.typing.ArrayLike, epoch: jax.Array, num_images: int) -> jax.Array:
@@ -108,29 +102,31 @@ def epoch_order(seed: jax.typing.ArrayLike, epoch: jax.Array, num_images: int) -
 def make_train_step(
     model: nnx.Module,
     tx: optax.GradientTransformation,
-    config: Config,
+    experiment: Experiment,
     data: Dataset,
     batch_sharding: Sharding,
+    layers: LayerPaths,
 ) -> Callable[..., tuple[TrainState, Measured]]:
     """Builds the training step.
 
     Args:
       model: its structure is used, in training mode; its parameters are those of the state.
       tx: the method and the optimizer.
-      config: the recipe.
+      experiment: the recipe.
       data: its constants are used.
       batch_sharding: how the first axis of a batch is split over the devices.
+      layers: the layers' paths.
 
     Returns:
-      A function of the state, all training images and labels and the epoch's order, that returns
-      the next state and what the step measured. The batch is the one of that order that the state's
-      step is at.
+      A function of the state, all training images (as `flat_images` gives them) and labels and the
+      epoch's order, that returns the next state and what the step measured. The batch is the one of
+      that order that the state's step is at.
     """
     model.train()
     graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
-    num_images, image_size = len(data.train_labels), data.train_images.shape[1]
-    steps_per_epoch = num_images // config.batch_size
-    padding = image_size // 8
+    num_images, *shape = data.train_images.shape
+    steps_per_epoch = num_images // experiment.batch_size
+    padding = shape[0] // 8
 
     def augmented_batch(
         state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array
@@ -138,15 +134,15 @@ def make_train_step(
         # Another stream than that of the epochs' orders.
         stream = jax.random.fold_in(jax.random.key(state.seed), 2**31)
         crop_key, flip_key, mix_key = jax.random.split(jax.random.fold_in(stream, state.step), 3)
-        start = state.step % steps_per_epoch * config.batch_size
-        chosen = jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)
+        start = state.step % steps_per_epoch * experiment.batch_size
+        chosen = jax.lax.dynamic_slice_in_dim(order, start, experiment.batch_size)
         chosen = jax.lax.with_sharding_constraint(chosen, batch_sharding)
-        x = random_crop(crop_key, images[chosen], padding)
-        if config.dataset != "digits":  # a mirrored digit is none
+        x = random_crop(crop_key, images[chosen].reshape(-1, *shape), padding)
+        if experiment.dataset != "digits":  # a mirrored digit is not a digit
             x = random_flip(flip_key, x)
         y = jax.nn.one_hot(labels[chosen], data.num_classes)
-        y = optax.smooth_labels(y, config.label_smoothing)
-        x, y = cutmix(mix_key, x, y, config.cutmix_probability)
+        y = optax.smooth_labels(y, experiment.label_smoothing)
+        x, y = cutmix(mix_key, x, y, experiment.cutmix_probability)
         return normalize(x, data.mean, data.std), y
 
     def train_step(
@@ -163,7 +159,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
 
-        measured = measure(loss, grads, opt_state)
+        measured = measure(loss, grads, opt_state, layers)
         first = state.step % steps_per_epoch == 0
         totals = jax.tree.map(
             lambda total, value: jnp.where(first, 0, total) + value, state.totals, measured
@@ -186,12 +182,13 @@ def make_eval_step(
       batch_sharding: how the first axis of a batch is split over the devices.
 
     Returns:
-      A function of the state, all test images and labels, and the index of the batch's first image;
+      A function of the state, all test images (as `flat_images` gives them) and labels, and the
+      index of the batch's first image;
       it returns the sum of the losses (cross-entropy) and the number of correct answers.
     """
     model.eval()
     graph, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
-    num_images = len(data.test_labels)
+    num_images, *shape = data.test_images.shape
 
     def eval_step(
         state: TrainState, images: jax.Array, labels: jax.Array, start: jax.Array
@@ -200,7 +197,8 @@ def make_eval_step(
         index = start + jnp.arange(batch_size)
         index = jax.lax.with_sharding_constraint(index, batch_sharding)
         within = index < num_images
-        x = normalize(images.at[index].get(mode="clip"), data.mean, data.std)
+        x = images.at[index].get(mode="clip").reshape(-1, *shape)
+        x = normalize(x, data.mean, data.std)
         y = labels.at[index].get(mode="clip")
         logits = network(x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from models import resnet8, vgg_tiny
-from models.cpu import conv_general_dilated
+from models.convolution import conv_general_dilated
 from models.layers import ConvNorm
 
 

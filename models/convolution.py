@@ -1,0 +1,88 @@
+"""Convolutions in the form that XLA's CPU backend runs fastest; other devices run the plain one."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _materialized(x: jax.Array, witness: jax.Array) -> jax.Array:
+    """The same array, held in memory instead of computed anew by each of its readers.
+
+    XLA's CPU backend fuses whatever led to an array, however long, into each operation that reads
+    it. The gradient of a kernel is a convolution whose two operands are read transposed, and each
+    of the two reads would repeat the normalisations, activations and additions since the last
+    convolutions. `lax.optimization_barrier` does not prevent it; a branch does, as nothing is fused
+    across it.
+    """
+
+    def branch(x: jax.Array) -> jax.Array:
+        # True, which XLA cannot know as it might be NaN. Equal branches would be merged.
+        first = witness.ravel()[0].astype(x.dtype)
+        return lax.cond(first == first, lambda x: x, lambda x: x * first, x)
+
+    return lax.platform_dependent(x, cpu=branch, default=lambda x: x)
+
+
+def _conv_as_dot(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution whose every output depends on every pixel, as one matrix product.
+
+    XLA's CPU backend exchanges the operands of a convolution whose kernel is larger than the image,
+    and has only a loop, a hundred times slower, for what results.
+    """
+    images, height, width, _ = x.shape
+    rows, columns = range(0, height, stride), range(0, width, stride)
+    middle = kernel.shape[0] // 2
+    parts = [
+        kernel[middle - i : middle - i + height, middle - j : middle - j + width]
+        for i in rows
+        for j in columns
+    ]
+    y = jnp.einsum("nhwc,hwcpo->npo", x, jnp.stack(parts, axis=-2))
+    return y.reshape(images, len(rows), len(columns), -1)
+
+
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, window_strides: Any, padding: Any, **options: Any
+) -> jax.Array:
+    """`lax.conv_general_dilated` in the form that a CPU runs and differentiates fastest.
+
+    Args:
+        x: Images of shape `(batch, height, width, in_features)`.
+        kernel: Array of shape `(size, size, in_features, out_features)`, where `size` is odd.
+        window_strides: The same number, twice.
+        padding: `size // 2` on every side.
+        **options: As for `lax.conv_general_dilated`, without dilation and groups.
+
+    Returns:
+        Images of shape `(batch, height / stride, width / stride, out_features)`, rounded up. They
+        can be differentiated in reverse mode only.
+    """
+    plain = partial(
+        lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
+    )
+    fastest = plain
+    if max(x.shape[1:3]) <= kernel.shape[0] // 2 + 1:
+        fastest = partial(_conv_as_dot, stride=window_strides[0])
+
+    @jax.custom_vjp
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.platform_dependent(x, kernel, cpu=fastest, default=plain)
+
+    def forward(x: jax.Array, kernel: jax.Array) -> Any:
+        x = _materialized(x, kernel)
+        return conv(x, kernel), (x, kernel)
+
+    def backward(operands: tuple[jax.Array, jax.Array], grad: jax.Array) -> Any:
+        grad = _materialized(grad, operands[1])
+        return lax.platform_dependent(
+            *operands,
+            grad,
+            cpu=lambda x, kernel, grad: jax.vjp(fastest, x, kernel)[1](grad),
+            default=lambda x, kernel, grad: jax.vjp(plain, x, kernel)[1](grad),
+        )
+
+    conv.defvjp(forward, backward)
+    return conv(x, kernel)
