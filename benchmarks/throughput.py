@@ -1,6 +1,6 @@
 """Images per second of our training step and of PyTorch's, and where our time goes.
 
-    python benchmarks/throughput.py             # our step, its parts and PyTorch's, by turns
+    python benchmarks/throughput.py             # our step, its parts and PyTorch's, interleaved
     python benchmarks/throughput.py --growth    # against batch size, depth and devices
 
 PyTorch is measured where it is installed: `pip install -e '.[train,benchmark]'`. Its step has no
@@ -33,6 +33,7 @@ from training import cpu, steps
 from training.augmentation import cutmix, normalize, random_crop, random_flip
 from training.config import recipe
 from training.data import Dataset
+from training.layers import layer_paths
 from training.optimizers import METHODS, make_optimizer
 
 NUM_IMAGES = 4096
@@ -49,7 +50,7 @@ class Options:
     batch_size: int = 256
     """Images per step."""
     repeats: int = 11
-    """Timed steps of each kind, taken by turns."""
+    """Timed steps of each kind, taken interleaved."""
     growth: bool = False
     """Vary batch size, depth and number of devices instead."""
     json: Path | None = None
@@ -76,22 +77,29 @@ def random_data() -> Dataset:
 
 
 def make_model(name: str) -> nnx.Module:
-    constructor = {**MODELS, "resnet110": resnet110}[name]
-    return constructor(num_classes=100, rngs=nnx.Rngs(0))
+    make = resnet110 if name == "resnet110" else MODELS[name].make
+    return make(num_classes=100, rngs=nnx.Rngs(0))
 
 
 def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Case:
-    config = dataclasses.replace(recipe("cifar100"), batch_size=batch_size)
+    experiment = dataclasses.replace(recipe("cifar100"), batch_size=batch_size)
     devices = np.array(jax.devices()[:num_devices])
     mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    model, tx = make_model(name), make_optimizer(config, NUM_IMAGES // batch_size)
+    model, tx = make_model(name), make_optimizer("autoscale", "adamw", 1e-3, 5e-5)
+    layers = layer_paths(model)
     order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
     state, *inputs = jax.device_put(
-        (steps.init_state(model, tx, 0), data.train_images, data.train_labels, order), everywhere
+        (
+            steps.init_state(model, tx, 0, layers),
+            steps.flat_images(data.train_images),
+            data.train_labels,
+            order,
+        ),
+        everywhere,
     )
     train_step = jax.jit(
-        steps.make_train_step(model, tx, config, data, split),
+        steps.make_train_step(model, tx, experiment, data, split, layers),
         donate_argnums=0,
         out_shardings=everywhere,
     )
@@ -112,11 +120,10 @@ def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Cas
 
 def parts(name: str, batch_size: int, data: Dataset) -> list[Case]:
     """The step in pieces, on one device; XLA fuses across them when it compiles them together."""
-    config = dataclasses.replace(recipe("cifar100"), batch_size=batch_size)
     model = make_model(name)
     graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    method = METHODS[config.method]()
-    optimizer = make_optimizer(dataclasses.replace(config, method="adamw"), 1)
+    method = METHODS["autoscale"].make()
+    optimizer = make_optimizer("none", "adamw", 1e-3, 5e-5)
     images, labels = jax.device_put((data.train_images, data.train_labels))
     order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
 
@@ -214,7 +221,7 @@ def torch_step(name: str, batch_size: int) -> Case:
 
 
 def measure(cases: list[Case], repeats: int) -> None:
-    """Runs the cases by turns, so that whatever else the machine does meets all of them."""
+    """Runs the cases interleaved, so that whatever else the machine does meets all of them."""
     for case in cases:
         case.run()
         case.run()

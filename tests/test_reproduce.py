@@ -22,16 +22,17 @@ CHILD = """
 import dataclasses, sys
 from functools import partial
 import models
-models.MODELS["resnet20"] = partial(models.resnet8, widths=(4, 8))
+tiny = partial(models.resnet8, widths=(4, 8))
+models.MODELS["resnet20"] = models.MODELS["resnet20"]._replace(make=tiny)
 from reproduction.studies import STUDIES, Grid
 import reproduce
 study = STUDIES["vit"]
 recipe = dataclasses.replace(study.grids[0].recipe, train_size=96, batch_size=16, epochs=4)
-grid = Grid(recipe, ("resnet20",), ("adamw", "autoscale"), 1)
+grid = Grid(recipe, ("resnet20",), ("none", "autoscale"), 1)
 STUDIES["vit"] = study._replace(grids=(grid,))
 reproduce.main()
 """
-CELLS = ("digits-resnet20-adamw-seed0", "digits-resnet20-autoscale-seed0")
+NAMES = ("digits-resnet20-none-adamw-seed0", "digits-resnet20-autoscale-adamw-seed0")
 
 
 def start(folder: Path, *args: str) -> subprocess.Popen[str]:
@@ -75,7 +76,7 @@ def call(folder: Path, monkeypatch, *args: str) -> None:
     """The same in this process, for what trains nothing."""
     study = STUDIES["vit"]
     recipe = dataclasses.replace(study.grids[0].recipe, train_size=96, batch_size=16, epochs=4)
-    grid = Grid(recipe, ("resnet20",), ("adamw", "autoscale"), 1)
+    grid = Grid(recipe, ("resnet20",), ("none", "autoscale"), 1)
     monkeypatch.setitem(STUDIES, "vit", study._replace(grids=(grid,)))
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--preset", "vit", *args])
     monkeypatch.chdir(folder)
@@ -93,25 +94,25 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
 
     shutil.copytree(whole / "runs" / "compiled", broken / "runs" / "compiled")
     process = start(broken)
-    wait_for(broken / "runs" / "vit" / CELLS[0] / "metrics.jsonl", 2, process)
+    wait_for(broken / "runs" / "vit" / NAMES[0] / "metrics.jsonl", 2, process)
     process.kill()
     process.communicate()
     assert not list(broken.glob("results/vit/*.jsonl"))
     call(broken, monkeypatch, "--dry-run")
     output = capsys.readouterr().out
-    assert f"/4 epochs  {CELLS[0]}" in output
+    assert f"/4 epochs  {NAMES[0]}" in output
     assert "0 of 2 done" in output
 
     process = start(broken)
-    wait_for(broken / "runs" / "vit" / CELLS[1] / "metrics.jsonl", 1, process)
+    wait_for(broken / "runs" / "vit" / NAMES[1] / "metrics.jsonl", 1, process)
     process.send_signal(signal.SIGTERM)
     assert "the same command continues" in finish(process, 128 + signal.SIGTERM)
     finish(start(broken))
-    for name in CELLS:
+    for name in NAMES:
         assert records(broken, name) == records(whole, name)
     call(broken, monkeypatch, "--dry-run")
     assert "2 of 2 done, nothing left" in capsys.readouterr().out
-    assert not (broken / "runs" / "vit" / CELLS[0] / "checkpoints").exists()
+    assert not (broken / "runs" / "vit" / NAMES[0] / "checkpoints").exists()
 
     results = broken / "results" / "vit"
     report = (results / "REPORT.md").read_bytes()
@@ -119,7 +120,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
     call(broken, monkeypatch, "--report")
     assert (results / "REPORT.md").read_bytes() == report
 
-    record = results / f"{CELLS[0]}.jsonl"
+    record = results / f"{NAMES[0]}.jsonl"
     record.write_text(record.read_text().replace('"batch_size": 16', '"batch_size": 32'))
     with pytest.raises(SystemExit) as stopped:
         call(broken, monkeypatch)

@@ -20,7 +20,7 @@ import train
 from models import MODELS, resnet8
 from training import devices
 from training.display import Display
-from training.run_folder import read_records
+from training.record import read_records
 
 pytestmark = pytest.mark.slow
 ROOT = Path(train.__file__).parent
@@ -29,7 +29,8 @@ TINY = partial(resnet8, widths=(4, 8))
 CHILD = """
 from functools import partial
 import models
-models.MODELS["resnet20"] = partial(models.resnet8, widths=(4, 8))
+tiny = partial(models.resnet8, widths=(4, 8))
+models.MODELS["resnet20"] = models.MODELS["resnet20"]._replace(make=tiny)
 import train
 train.main()
 """
@@ -117,7 +118,7 @@ def tiny():
     }
     before = {name: getattr(jax.config, name) for name in options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "resnet20", TINY)
+        patch.setitem(MODELS, "resnet20", MODELS["resnet20"]._replace(make=TINY))
         patch.setattr(devices, "make_mesh", lambda: one_device)
         for name, value in options.items():
             jax.config.update(name, value)
@@ -230,7 +231,7 @@ def test_more_epochs_may_be_asked_for_and_other_options_may_not(reference_here, 
     before = (out / "metrics.jsonl").read_bytes()
     for change, message in [
         (["--seed", "1"], "--seed is 1, and the run in .* was started with 0"),
-        (["--method", "adamw"], "--method is adamw, and the run in .* was started with autoscale"),
+        (["--method", "none"], "--method is none, and the run in .* was started with autoscale"),
         (["--epochs", "1"], "--epochs is 1, and the run in .* has done 2 already"),
     ]:
         with pytest.raises(SystemExit, match=message):
@@ -250,7 +251,7 @@ def test_options_need_not_be_repeated(reference_here, tmp_path, tiny, monkeypatc
 
 
 def test_nothing_to_continue(tmp_path, tiny):
-    with pytest.raises(SystemExit, match=r"there is no run in .* to continue"):
+    with pytest.raises(SystemExit, match=r"there is no run in .* to resume"):
         tiny(tmp_path / "none", "--resume")
 
 
@@ -269,7 +270,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(reference, tmp_path):
         said = finish(start(disk / "run"), returncode=1)
         assert said.startswith("train.py: ")
         assert said.count("\n") == 1
-        assert "continue with --resume" in said
+        assert "resume with --resume" in said
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         finish(start(disk / "run", "--resume"))
         assert_same_run(disk / "run", reference)
@@ -303,7 +304,7 @@ def test_two_processes_equal_one_with_two_devices(tmp_path):
         assert pair[1 - victim].returncode not in (0, None)
         assert time.monotonic() - killed < 60
         last = said.splitlines()[-1]
-        assert last.startswith(f"train.py, process {1 - victim} of 2: ended before its time")
+        assert last.startswith(f"train.py, process {1 - victim} of 2: terminated early")
         assert last.endswith("start all of them again with --resume")
         pair[victim].communicate()
 

@@ -20,13 +20,14 @@ import train
 from models import MODELS, resnet8
 from training import data, devices
 from training.augmentation import normalize
-from training.config import Config
-from training.optimizers import METHODS
-from training.run_folder import load_model, read_records
+from training.optimizers import METHODS, OPTIMIZERS
+from training.record import read_records
+from training.run_folder import load_model
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
+TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
 FIELDS = [
     "epoch", "step", "train_loss", "test_loss", "test_accuracy", "learning_rate", "global_std",
     "scale_factor", "exponent", "layer_std", "images_per_second", "seconds",
@@ -46,18 +47,18 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Config, str]:
+def run(tmp_path_factory) -> tuple[Path, str]:
     """A short run of the real thing, by hand of the command line, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "short"
     args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--out", str(out)]
     done = command(*args)
     assert (done.returncode, done.stderr) == (0, "")
-    return Config(epochs=2, seed=3, train_size=300, out=out), done.stdout
+    return out, done.stdout
 
 
 def test_metrics(run):
-    config, _ = run
-    records = read_records(config.folder)
+    folder, _ = run
+    records = read_records(folder)
     assert [list(record) for record in records] == [FIELDS] * 2
     assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8)]
     for record in records:
@@ -72,10 +73,10 @@ def test_metrics(run):
 
 
 def test_config_repeats_the_run(run):
-    config, _ = run
-    saved = json.loads((config.folder / "config.json").read_text())
+    folder, _ = run
+    saved = json.loads((folder / "config.json").read_text())
     assert saved["config"]["train_size"] == 300
-    assert f"--out {config.out}" in saved["command"]
+    assert f"--out {folder}" in saved["command"]
     assert saved["versions"]["jax"] == jax.__version__
     assert {"python", "jaxlib", "flax", "optax", "optax-autoscale"} <= set(saved["versions"])
     assert saved["device"] == "cpu"
@@ -83,31 +84,29 @@ def test_config_repeats_the_run(run):
 
 
 def test_the_saved_model_has_the_recorded_accuracy(run):
-    config, _ = run
+    folder, _ = run
     digits = data.load("digits")
-    logits = load_model(config.folder)(
-        normalize(jnp.asarray(digits.test_images), digits.mean, digits.std)
-    )
+    logits = load_model(folder)(normalize(jnp.asarray(digits.test_images), digits.mean, digits.std))
     accuracy = np.mean(np.argmax(logits, axis=1) == digits.test_labels)
-    assert accuracy == pytest.approx(read_records(config.folder)[-1]["test_accuracy"])
+    assert accuracy == pytest.approx(read_records(folder)[-1]["test_accuracy"])
 
 
 def test_pictures_can_be_opened(run):
-    config, _ = run
+    folder, _ = run
     for name in ("curves.png", "gradients.png"):
-        with Image.open(config.folder / name) as image:
+        with Image.open(folder / name) as image:
             assert min(image.size) > 300
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
 def test_tensorboard_has_the_records(run):
-    config, _ = run
+    folder, _ = run
     scalars = {
         (value.tag, event.step): value.simple_value
-        for event in read_events(config.folder)
+        for event in read_events(folder)
         for value in event.summary.value
     }
-    for record in read_records(config.folder):
+    for record in read_records(folder):
         epoch = record["epoch"]
         assert scalars["test/accuracy", epoch] == pytest.approx(record["test_accuracy"])
         assert scalars["gradients/scale_factor", epoch] == pytest.approx(record["scale_factor"])
@@ -116,21 +115,21 @@ def test_tensorboard_has_the_records(run):
 
 
 def test_tensorboard_has_histograms_of_the_layers(run):
-    config, _ = run
+    folder, _ = run
     histograms = {
         (value.tag, event.step): value.histo
-        for event in read_events(config.folder)
+        for event in read_events(folder)
         for value in event.summary.value
         if value.HasField("histo")
     }
-    layers = read_records(config.folder)[-1]["layer_std"]
+    layers = read_records(folder)[-1]["layer_std"]
     assert set(histograms) == {
         (f"{kind}/{layer}", epoch)
         for kind in ("parameters", "gradients")
         for layer in layers
         for epoch in (1, 2)
     }
-    kernel = np.asarray(load_model(config.folder).stem.conv.kernel[...])
+    kernel = np.asarray(load_model(folder).stem.conv.kernel[...])
     shown = histograms["parameters/stem/conv/kernel", 2]
     counts, edges = np.histogram(kernel, bins=30)
     np.testing.assert_array_equal(shown.bucket, counts)
@@ -154,25 +153,25 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def test_what_is_printed(run):
-    config, printed = run
+    folder, printed = run
     lines = printed.splitlines()
-    assert re.fullmatch(rf"{re.escape(str(config.out))}: (2 x )?cpu, compiling \.\.\.", lines[0])
-    for line, record in zip(lines[2:4], read_records(config.folder), strict=True):
+    assert re.fullmatch(rf"{re.escape(str(folder))}: (2 x )?cpu, compiling \.\.\.", lines[0])
+    for line, record in zip(lines[2:4], read_records(folder), strict=True):
         assert f"{record['test_accuracy']:.2%}" in line
         assert f"{record['train_loss']:.4f}" in line
 
 
 def test_a_second_run_into_the_same_folder_touches_nothing(run):
-    config, _ = run
-    before = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")}
-    done = command("--out", str(config.out))
+    folder, _ = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = command("--out", str(folder))
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        f"train.py: {config.out} exists already and is left as it is; "
-        "continue it with --resume, give another folder with --out, or remove it\n"
+        f"train.py: {folder} exists already and is left as it is; "
+        "resume it with --resume, give another folder with --out, or remove it\n"
     )
-    assert {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def nan_at(step: int) -> optax.GradientTransformation:
@@ -199,8 +198,8 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
         (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
     )
     monkeypatch.setattr(devices, "make_mesh", lambda: one_device)
-    monkeypatch.setitem(METHODS, "clip", lambda: nan_at(step))
-    monkeypatch.setitem(MODELS, "resnet20", partial(resnet8, widths=(4, 8)))
+    monkeypatch.setitem(METHODS, "clip", METHODS["clip"]._replace(make=lambda: nan_at(step)))
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
     out = tmp_path / "nan"
     args = ["--method", "clip", "--epochs", "2", "--train-size", "128", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
@@ -238,8 +237,9 @@ def test_list(capsys, monkeypatch):
         *("--dataset", *data.DATASETS),
         *("--model", *MODELS),
         *("--method", *METHODS),
+        *("--optimizer", *OPTIMIZERS),
     ]
-    assert "  resnet20  275,572 parameters for cifar100. A residual network" in "\n".join(lines)
+    assert any("ResNet-20: residual network" in line and "275,572" in line for line in lines)
     assert all(len(line.split()) > 3 for line in lines if not line.startswith("--"))
 
 
@@ -254,7 +254,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
 def test_wandb_has_the_records(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setitem(MODELS, "resnet20", partial(resnet8, widths=(4, 8)))
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
     args = ["--wandb", "--epochs", "1", "--train-size", "64", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     train.main()

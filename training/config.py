@@ -8,7 +8,16 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 
@@ -17,7 +26,10 @@ from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS
 
 if TYPE_CHECKING:
-    DatasetName = ModelName = MethodName = OptimizerName = str
+    DatasetName: TypeAlias = str
+    ModelName: TypeAlias = str
+    MethodName: TypeAlias = str
+    OptimizerName: TypeAlias = str
 else:
     DatasetName, ModelName = Literal[tuple(DATASETS)], Literal[tuple(MODELS)]
     MethodName, OptimizerName = Literal[tuple(METHODS)], Literal[tuple(OPTIMIZERS)]

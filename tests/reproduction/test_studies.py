@@ -2,88 +2,131 @@ import dataclasses
 import json
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 
 from reproduction import studies
-from reproduction.studies import STUDIES, compressed, cost, name
-from training.config import Config, recipe
+from reproduction.studies import STUDIES, compressed, cost
+from training import config
+from training.config import Experiment, Launch, recipe
 from training.optimizers import learning_rate_schedule
+from training.record import SCHEMA
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_papers_study_is_section_5_of_the_paper():
-    cells = STUDIES["paper"].cells(seeds=1)
-    assert Counter((cell.dataset, cell.epochs) for cell in cells) == {
+    runs = STUDIES["paper"].experiments(seeds=1)
+    assert Counter((run.dataset, run.epochs) for run in runs) == {
         ("cifar100", 200): 3 * 5,
         ("cifar10", 300): 3,
     }
-    for cell in cells:
-        changed = {"model": cell.model, "method": cell.method}
-        assert cell == dataclasses.replace(recipe(cell.dataset), **changed)
+    for run in runs:
+        changed = {"model": run.model, "method": run.method}
+        assert run == dataclasses.replace(recipe(run.dataset), **changed)
 
 
 def test_the_same_study_at_any_scale_ends_at_the_same_learning_rate():
     full = recipe("cifar100")
     ends = []
-    for config in (full, compressed(full, 5), compressed(full, 20)):
-        schedule = learning_rate_schedule(config, steps_per_epoch=195)
-        ends.append(float(schedule(config.epochs * 195 - 1)))
+    for run in (full, compressed(full, 5), compressed(full, 20)):
+        schedule = learning_rate_schedule(run.learning_rate, run.decay_epochs, steps_per_epoch=195)
+        ends.append(float(schedule(run.epochs * 195 - 1)))
     assert ends == pytest.approx([1e-3 * 0.75**6] * 3)
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_runs_go_by_cost_and_then_by_seed_with_all_methods_of_each(study):
-    cells = STUDIES[study].cells()
-    assert len({name(cell) for cell in cells}) == len(cells)
-    assert [cost(cell) for cell in cells] == sorted(map(cost, cells))
-    for _, equal in groupby(cells, key=cost):
+    runs = STUDIES[study].experiments()
+    assert len({run.name for run in runs}) == len(runs)
+    assert [cost(run) for run in runs] == sorted(map(cost, runs))
+    for _, equal in groupby(runs, key=cost):
         seeds = [(seed, len(list(runs))) for seed, runs in groupby(equal, key=lambda c: c.seed)]
         assert [seed for seed, _ in seeds] == list(range(len(seeds)))
         assert len({count for _, count in seeds}) == 1
 
 
-def test_what_is_published_reads_back_and_names_no_folder(tmp_path):
-    cell = STUDIES["cpu"].cells()[0]
-    config = dataclasses.replace(cell, out=tmp_path / "run", data_dir=tmp_path / "data")
-    config.folder.mkdir()
-    config.save(device="cpu", command=f"python reproduce.py --data-dir {tmp_path}")
-    records = [{"epoch": 1, "test_accuracy": 0.125}, {"epoch": 2, "test_accuracy": 0.5}]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (config.folder / "metrics.jsonl").write_text(lines)
+def record(epoch: int, **changes) -> dict:
+    """A line of `metrics.jsonl`."""
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "train_loss": 2.5,
+        "test_loss": 2.0,
+        "test_accuracy": 0.125 * epoch,
+        "learning_rate": 1e-3,
+        "global_std": 0.01,
+        "scale_factor": None,
+        "exponent": None,
+        "layer_std": {"stem": 0.1},
+        "images_per_second": 640.0,
+        "seconds": 1.0,
+    } | changes
 
-    path = tmp_path / "results" / "run.jsonl"
-    run = studies.publish(config, path, diverged=None)
-    assert (run.cell, run.records) == (cell, records)
-    assert studies.read(path.parent) == [run]
+
+def make_run(folder: Path, experiment: Experiment, records: list[dict]) -> None:
+    """What a run leaves behind."""
+    folder.mkdir()
+    launch = Launch(out=folder, data_dir=folder / "data")
+    command = f"python reproduce.py --data-dir {folder}"
+    config.save(folder, experiment, launch, schema=SCHEMA, command=command, device="cpu")
+    lines = [json.dumps(line) + "\n" for line in records]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_what_is_published_reads_back_and_names_no_folder(tmp_path):
+    experiment = dataclasses.replace(STUDIES["cpu"].experiments()[0], epochs=2)
+    records = [record(1), record(2)]
+    make_run(tmp_path / "run", experiment, records)
+    path = tmp_path / "results" / f"{experiment.name}.jsonl"
+    run = studies.publish(experiment, tmp_path / "run", path, diverged=None)
+    assert (run.experiment, run.records) == (experiment, records)
+    assert studies.read(path.parent) == {experiment.name: run}
     assert str(tmp_path) not in path.read_text()
 
 
-def test_the_published_command_makes_the_same_run(tmp_path, monkeypatch):
-    from training.config import parse
-
-    cells = [study.cells()[-1] for study in STUDIES.values()]
-    cells.append(compressed(recipe("cifar100"), 20))  # as many epochs as digits have by default
-    cells.append(dataclasses.replace(recipe("cifar10", "sgd"), batch_size=64))
-    for number, cell in enumerate(cells):
-        config = dataclasses.replace(cell, out=tmp_path / str(number))
-        config.folder.mkdir()
-        config.save()
-        run = studies.publish(config, tmp_path / "run.jsonl", diverged="step 3")
+def test_the_published_command_makes_the_same_run(tmp_path):
+    runs = [study.experiments()[-1] for study in STUDIES.values()]
+    runs.append(compressed(recipe("cifar100"), 20))  # as many epochs as digits have by default
+    runs.append(dataclasses.replace(recipe("cifar10", "sgd"), batch_size=64))
+    for number, experiment in enumerate(runs):
+        folder = tmp_path / str(number)
+        make_run(folder, experiment, [])
+        run = studies.publish(experiment, folder, tmp_path / "run.jsonl", diverged="step 3")
         python, script, *arguments = run.description["command"].split()
         assert (python, script) == ("python", "train.py")
-        assert parse(arguments) == cell
+        assert config.parse(arguments).experiment == experiment
 
 
-def test_a_file_that_is_no_record_is_named(tmp_path):
-    path = tmp_path / "digits-resnet20-adamw-seed0.jsonl"
-    for text in ("", "{", '{"config": {"model": "resnet20", "colour": "red"}}\n', "[]\n"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"seed0\.jsonl is not the record of a run"):
-            studies.read(tmp_path)
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]\n", '{"schema": 1}\n', '{"schema": 2, "config": {"colour": "red"}}\n'],
+)
+def test_a_file_that_is_no_record_is_named(text, tmp_path):
+    (tmp_path / "digits-resnet20-none-adamw-seed0.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"seed0\.jsonl is not the record of a run: .*delete it"):
+        studies.read(tmp_path)
 
 
-def test_every_configuration_of_a_study_is_valid():
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*.jsonl")), ids=lambda p: p.stem)
+def test_committed_records_are_runs_of_their_study_and_say_what_was_migrated(path):
+    run = studies.read_run(path)
+    assert path.stem == run.experiment.name
+    assert run.experiment in STUDIES[path.parent.name].experiments()
+    assert config.parse(run.description["command"].split()[2:]).experiment == run.experiment
+    migrated = run.description.get("migrated", {})
+    if run.experiment.method == "none" and migrated:
+        assert migrated["method"] == "adamw"
+        command = migrated["command"].replace("--method=adamw", "--method=none")
+        assert command == run.description["command"]
+    if migrated and "name" in migrated:
+        parts = migrated["name"].split("-")
+        assert parts[0] == run.experiment.dataset
+        assert f"-{parts[2]}".replace("adamw", "none") in path.stem
+
+
+def test_every_experiment_of_a_study_is_valid():
     for study in STUDIES.values():
-        for cell in study.cells():
-            assert isinstance(cell, Config)
-            cell.validate()
+        for experiment in study.experiments():
+            experiment.validate()

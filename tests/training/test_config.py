@@ -1,25 +1,31 @@
 import dataclasses
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
 from models import MODELS
-from training import data
-from training.config import Config, parse, recipe
+from training.config import CHOICES, Experiment, Launch, Options, parse, recipe, run_folder
+from training.data import DATASETS
+from training.optimizers import METHODS, OPTIMIZERS
+
+FIELDS = (*dataclasses.fields(Experiment), *dataclasses.fields(Launch))
 
 
 def test_choices_are_those_that_exist():
-    hints = get_type_hints(Config)
-    assert get_args(hints["model"]) == tuple(MODELS)
-    assert get_args(hints["dataset"]) == tuple(data.DATASETS)
+    assert {
+        "dataset": tuple(DATASETS),
+        "model": tuple(MODELS),
+        "method": tuple(METHODS),
+        "optimizer": tuple(OPTIMIZERS),
+        "precision": ("float32", "bfloat16"),
+    } == CHOICES
 
 
 def test_cifar_100_has_the_papers_recipe():
-    config = recipe("cifar100")
-    assert (config.epochs, config.batch_size, config.learning_rate) == (200, 256, 1e-3)
-    assert (config.weight_decay, config.label_smoothing) == (5e-5, 0.1)
-    assert config.cutmix_probability == 1
+    full = recipe("cifar100")
+    assert (full.epochs, full.batch_size, full.learning_rate) == (200, 256, 1e-3)
+    assert (full.weight_decay, full.label_smoothing) == (5e-5, 0.1)
+    assert full.cutmix_probability == 1
     assert recipe("cifar10").epochs == 300
 
 
@@ -55,17 +61,32 @@ def test_every_option_is_read():
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in changed.items()
     ]
-    assert set(changed) == {field.name for field in dataclasses.fields(Config)}
-    assert dataclasses.asdict(parse(args)) == changed
+    assert set(changed) == {field.name for field in FIELDS}
+    experiment, launch = parse(args)
+    assert dataclasses.asdict(experiment) | dataclasses.asdict(launch) == changed
 
 
 def test_defaults_follow_the_data_set_and_the_optimizer():
-    assert parse([]) == Config()
-    assert parse(["--epochs", "5", "--dataset", "cifar100"]) == dataclasses.replace(
+    assert parse([]) == Options(Experiment(), Launch())
+    assert parse(["--epochs", "5", "--dataset", "cifar100"]).experiment == dataclasses.replace(
         recipe("cifar100"), epochs=5
     )
-    assert parse(["--optimizer", "sgd"]).learning_rate == 0.1
-    assert parse(["--dataset=cifar100"]).folder == Path("runs/cifar100-resnet20-autoscale-seed0")
+    assert parse(["--optimizer", "sgd"]).experiment.learning_rate == 0.1
+
+
+def test_the_folder_is_named_after_the_run():
+    for args, folder in [
+        (["--dataset=cifar100"], "runs/cifar100-resnet20-autoscale-adamw-seed0"),
+        (["--method=none", "--optimizer=sgd", "--seed=3"], "runs/digits-resnet20-none-sgd-seed3"),
+        (["--out", "elsewhere"], "elsewhere"),
+    ]:
+        assert run_folder(*parse(args)) == Path(folder)
+
+
+def test_the_former_name_of_no_method_is_explained():
+    for args in (["--method", "adamw"], ["--method=adamw"]):
+        with pytest.raises(ValueError, match="--method adamw is called none now"):
+            parse(args)
 
 
 @pytest.mark.parametrize(
@@ -84,15 +105,15 @@ def test_defaults_follow_the_data_set_and_the_optimizer():
     ],
 )
 def test_impossible_values_are_named(name, value):
-    config = dataclasses.replace(Config(), **{name: value})
+    part = Launch() if name == "checkpoint_minutes" else Experiment()
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}; it must be"):
-        config.validate()
+        dataclasses.replace(part, **{name: value}).validate()
 
 
 def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse(["--dataset", "cifar100", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(Config):
+    assert "a resumed run may be given more. (default: 200)" in text
+    for field in FIELDS:
         assert f"--{field.name.replace('_', '-')}" in text
-    assert "Number of passes over the training images. (default: 200)" in text

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from training import display
-from training.config import Config
+from training.config import Experiment
 from training.display import Clock, Display
 from training.record import Record
 
@@ -79,7 +79,7 @@ def test_a_terminal_shows_a_table_and_curves(monkeypatch):
         "Console",
         partial(Console, file=screen, force_terminal=True, width=80, color_system=None),
     )
-    run_for_a_while(Display(Config(epochs=4, batch_size=8), steps_per_epoch=10, evaluation=2))
+    run_for_a_while(Display(Experiment(epochs=4, batch_size=8), steps_per_epoch=10, evaluation=2))
     shown = screen.getvalue()
     table, _, last = shown.rpartition("epoch 2/4")
     assert "    2      2.5000     1.2500    50.00%     3.000e-03  0.4567       123" in table
@@ -98,7 +98,7 @@ def test_elsewhere_lines_are_plain_and_few(monkeypatch, capsys, now):
 
     real = Display.step
     monkeypatch.setattr(Display, "step", step)
-    run_for_a_while(Display(Config(epochs=4, batch_size=8), steps_per_epoch=10, evaluation=2))
+    run_for_a_while(Display(Experiment(epochs=4, batch_size=8), steps_per_epoch=10, evaluation=2))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "[out]: compiling"
     assert lines[2] == (
@@ -109,12 +109,12 @@ def test_elsewhere_lines_are_plain_and_few(monkeypatch, capsys, now):
 
 
 def test_other_processes_show_nothing(capsys):
-    run_for_a_while(Display(Config(epochs=4), steps_per_epoch=10, evaluation=2, quiet=True))
+    run_for_a_while(Display(Experiment(epochs=4), steps_per_epoch=10, evaluation=2, quiet=True))
     assert capsys.readouterr().out == ""
 
 
 def test_a_method_without_a_scale_factor(capsys):
-    shown = Display(Config(epochs=2), steps_per_epoch=10, evaluation=2)
+    shown = Display(Experiment(epochs=2), steps_per_epoch=10, evaluation=2)
     with shown:
         shown.start(0, [])
         shown.step(1, 1.0, 1e-3, None)

@@ -13,17 +13,18 @@ from jax.sharding import AxisType, Mesh
 from models import MODELS, resnet8
 from tests import oracle
 from training import program as program_module
-from training.config import Config
+from training.config import Experiment
 from training.data import Dataset
 from training.program import Program
 
 NUM_TEST = 23
-CONFIG = Config(dataset="cifar10", batch_size=16, cutmix_probability=0.5, fsdp=False)
+EXPERIMENT = Experiment(dataset="cifar10", batch_size=16, cutmix_probability=0.5)
+TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(8, 16)))
 
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch):
-    monkeypatch.setitem(MODELS, "resnet20", partial(resnet8, widths=(8, 16)))
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
 
 
 def make_data() -> Dataset:
@@ -44,8 +45,8 @@ def mesh_of(count: int) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def run(count: int, config: Config = CONFIG, steps: int = 6):
-    program = Program(config, DATA, mesh_of(count))
+def run(count: int, *, fsdp: bool = False, steps: int = 6):
+    program = Program(EXPERIMENT, DATA, mesh_of(count), fsdp=fsdp)
     state, history = program.first_state(), []
     for step in range(steps):
         order = program.epoch_order(np.int32(1 + step // program.steps_per_epoch))
@@ -57,13 +58,13 @@ def run(count: int, config: Config = CONFIG, steps: int = 6):
 @pytest.fixture(scope="module")
 def alone():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "resnet20", partial(resnet8, widths=(8, 16)))
+        patch.setitem(MODELS, "resnet20", TINY)
         return run(1)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data parallel", "fsdp"])
 def test_eight_devices_equal_one(fsdp, alone):
-    program, state, history = run(8, Config(**vars(CONFIG) | {"fsdp": fsdp}))
+    program, state, history = run(8, fsdp=fsdp)
     reference, reference_state, expected = alone
     np.testing.assert_allclose(history, expected, rtol=1e-4)
     # BatchNorm has seen the whole batch, not an eighth of it.
@@ -77,7 +78,7 @@ def test_eight_devices_equal_one(fsdp, alone):
 
 
 def test_fsdp_splits_parameters_and_optimizer_state():
-    _, state, _ = run(8, Config(**vars(CONFIG) | {"fsdp": True}), steps=1)
+    _, state, _ = run(8, fsdp=True, steps=1)
     large = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= 1024]
     assert len(large) == 2 * 3  # two kernels, and the two moments that Adam has of each
     for leaf in large:
@@ -87,7 +88,7 @@ def test_fsdp_splits_parameters_and_optimizer_state():
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data parallel", "fsdp"])
 def test_the_methods_part_of_the_step_gathers_nothing(fsdp):
     """Of autoscale: no gather, and at most one all-reduce, whatever the number of layers."""
-    _, state, _ = run(8, Config(**vars(CONFIG) | {"fsdp": fsdp}), steps=1)
+    _, state, _ = run(8, fsdp=fsdp, steps=1)
     from optax_autoscale import autoscale
 
     tx = autoscale()
@@ -100,7 +101,7 @@ def test_the_methods_part_of_the_step_gathers_nothing(fsdp):
 def test_evaluation_counts_every_image_once(eval_batch, devices, alone, monkeypatch):
     _, state, _ = alone
     monkeypatch.setattr(program_module, "EVAL_BATCH", eval_batch)
-    program = Program(CONFIG, DATA, mesh_of(devices))
+    program = Program(EXPERIMENT, DATA, mesh_of(devices))
     model = resnet8(widths=(8, 16), num_classes=3, channels=1, rngs=nnx.Rngs(0))
     nnx.update(model, state.params, state.batch_stats)
     model.eval()
@@ -119,10 +120,10 @@ def test_evaluation_counts_every_image_once(eval_batch, devices, alone, monkeypa
 )
 def test_batches_that_do_not_fit(batch_size, message):
     with pytest.raises(ValueError, match=f"--batch-size is {batch_size}, {message}"):
-        Program(Config(batch_size=batch_size), DATA, mesh_of(8))
+        Program(Experiment(batch_size=batch_size), DATA, mesh_of(8))
 
 
 def test_the_learning_rate_is_the_optimizers():
-    program = Program(CONFIG, DATA, mesh_of(1))
+    program = Program(EXPERIMENT, DATA, mesh_of(1))
     assert program.learning_rate(30) == pytest.approx(1e-3)
     assert program.learning_rate(31) == pytest.approx(0.75e-3)
