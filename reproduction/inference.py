@@ -17,10 +17,10 @@ test accuracies in percent, by method and seed, None or NaN for a run that diver
   "Not significant" is neither "equal" nor "equivalent".
 - *Divergence* is an outcome, and the worst. If a run of either arm diverged, its final accuracy
   does not exist, and a mean over the others would reward a method for losing its hardest seeds. The
-  t-test and equivalence then describe the seeds in which both runs finished, and decide nothing.
-  Decided is by an exact sign test over all shared seeds, in which a diverged run is below every
-  finished one, and two diverged runs are a tie. It needs at least 6 seeds to reach 0.05, and
-  without it the verdict is *not tested*, never *not distinguished*.
+  t-test then only describes the seeds in which both runs finished, and equivalence is not tested.
+  An exact sign test over all shared seeds decides instead: a diverged run is below every finished
+  one, and two diverged runs are a tie. It needs at least 6 seeds to reach 0.05; where it is not
+  significant, the verdict is *not tested*, never *not distinguished*.
 - *A contrast is tested once*, when all of its planned runs are in.
 """
 
@@ -35,7 +35,7 @@ from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 POWER = 0.8
-MARGIN = 1.0  # points of accuracy; a difference below it would not make a reader choose
+MARGIN = 1.0  # points of accuracy; a smaller difference would not decide which method to use
 RESOLUTION = 1e-9  # a spread below it is rounding: accuracies differ by whole images
 
 Accuracies = Mapping[str, Mapping[int, float | None]]  # percent, by method and seed
