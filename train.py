@@ -151,8 +151,11 @@ def show(step: int, measured: Measured, display: Display) -> None:
             f"step {step}: the training loss is {loss} and the gradients' standard deviation is "
             f"{std}; the finished epochs are kept. A smaller --learning-rate may help"
         )
-    scale = None if measured.scale_factor is None else float(measured.scale_factor)
-    display.step(step, loss, std, scale)
+    scale, ratio = (
+        None if value is None else float(value)
+        for value in (measured.scale_factor, measured.norm_ratio)
+    )
+    display.step(step, loss, std, scale, ratio)
 
 
 def describe(mesh: Mesh) -> str:

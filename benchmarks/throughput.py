@@ -91,7 +91,7 @@ def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Cas
     order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
     state, *inputs = jax.device_put(
         (
-            steps.init_state(model, tx, 0, layers),
+            steps.init_state(model, tx, 0, layers, NUM_IMAGES // batch_size),
             steps.flat_images(data.train_images),
             data.train_labels,
             order,

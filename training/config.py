@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,23 +58,31 @@ class Experiment:
     """Learning rate at the start."""
     decay_epochs: float = 30.0
     """Multiply the learning rate by 0.75 every this many epochs."""
+    warmup_epochs: float = 0.0
+    """Raise the learning rate linearly from 0 over this many epochs."""
     weight_decay: float = 5e-5
-    """Weight decay: decoupled with adamw, an L2 penalty with sgd."""
+    """Weight decay: decoupled with adamw, an L2 penalty with adam and sgd."""
     label_smoothing: float = 0.1
     """Probability mass of the training labels that is spread over all classes."""
     cutmix_probability: float = 0.0
     """Probability that CutMix mixes a batch."""
+    tag: str = ""
+    """Ends the name of the run, to tell variants apart."""
     seed: int = 0
     """Seed of everything random: initial parameters, batches, augmentation, --train-size."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's computations; parameters and statistics are float32."""
     train_size: int | None = None
     """Number of training images to use, equally many of each class (default: all)."""
+    effect: bool = False
+    """Measure how each step differs from the plain optimizer's on the same gradients."""
 
     @property
     def name(self) -> str:
         """What the run is called, and by default its folder."""
-        return f"{self.dataset}-{self.model}-{self.method}-{self.optimizer}-seed{self.seed}"
+        it = self
+        name = f"{it.dataset}-{it.model}-{it.method}-{it.optimizer}-seed{it.seed}"
+        return f"{name}-{it.tag}" if it.tag else name
 
     def validate(self) -> None:
         """Raises ValueError if an option is impossible, with its value and what it may be."""
@@ -82,12 +91,18 @@ class Experiment:
             "batch_size": (lambda value: value >= 1, "positive"),
             "learning_rate": (lambda value: value > 0, "positive"),
             "decay_epochs": (lambda value: value > 0, "positive"),
+            "warmup_epochs": (lambda value: value >= 0, "0 or positive"),
             "weight_decay": (lambda value: value >= 0, "0 or positive"),
             "label_smoothing": (lambda value: 0 <= value <= 1, "between 0 and 1"),
             "cutmix_probability": (lambda value: 0 <= value <= 1, "between 0 and 1"),
             "seed": (lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1"),
         }
         _check_limits(self, limits)
+        if not re.fullmatch(r"[\w.+-]*", self.tag):
+            raise ValueError(
+                f"--tag is {self.tag!r}; it is part of a file's name and must be of letters, "
+                "digits, '.', '+', '-' and '_'"
+            )
         for name, choices in CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
 

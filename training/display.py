@@ -39,7 +39,10 @@ class Display:
         self._steps = experiment.epochs * steps_per_epoch
         self._done = 0
         self._clock = Clock(experiment.epochs, steps_per_epoch, evaluation)
-        self._curves = {name: Curve() for name in ("loss", "gradient std", "scale factor")}
+        self._effect = experiment.effect
+        self._curves = {
+            name: Curve() for name in ("loss", "gradient std", "scale factor", "norm ratio")
+        }
         self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._levels = "▁▂▃▄▅▆▇█" if self._console.encoding.startswith("utf") else "_.-:=+*#"
         self._live = Live(console=self._console, get_renderable=self._view)
@@ -63,21 +66,29 @@ class Display:
         """
         for record in records:
             first = record["step"] - self._steps_per_epoch + 1
-            values = (record["train_loss"], record["global_std"], record["scale_factor"])
-            self._add(first, *values)
+            keys = ("train_loss", "global_std", "scale_factor", "update_norm_ratio")
+            self._add(first, *(record[key] for key in keys))
         self._done = step
         self._clock.start(step)
         self._last_line = time.monotonic()
-        header = "epoch  train loss  test loss  accuracy  gradient std   scale  images/s     left"
-        self.say(header, "bold")
+        header = "epoch  train loss  test loss  accuracy  grad std   scale  "
+        last = "ratio  cosine" if self._effect else "images/s"
+        self.say(f"{header}{last}     left", "bold")
         if self._console.is_terminal and not self._console.quiet:
             self._live.start()
 
-    def step(self, step: int, loss: float, global_std: float, scale_factor: float | None) -> None:
+    def step(
+        self,
+        step: int,
+        loss: float,
+        global_std: float,
+        scale_factor: float | None,
+        norm_ratio: float | None = None,
+    ) -> None:
         """Shows that step `step` of the run is done, and what it measured."""
         self._done = step
         self._clock.step(step)
-        self._add(step, loss, global_std, scale_factor)
+        self._add(step, loss, global_std, scale_factor, norm_ratio)
         now = time.monotonic()
         if not self._live.is_started and now - self._last_line > PLAIN_INTERVAL:
             self._last_line = now
@@ -90,19 +101,22 @@ class Display:
     def epoch(self, record: Record) -> None:
         """Adds a finished epoch to the table."""
         scale = record["scale_factor"]
+        last = (
+            f"{record['update_norm_ratio']:5.3f}  {record['update_cosine']:6.3f}"
+            if self._effect
+            else f"{record['images_per_second']:8.0f}"
+        )
         self.say(
             f"{record['epoch']:5}  {record['train_loss']:10.4f}  {record['test_loss']:9.4f}  "
-            f"{record['test_accuracy']:8.2%}  {record['global_std']:12.3e}  "
-            f"{'-' if scale is None else format(scale, '.4f'):>6}  "
-            f"{record['images_per_second']:8.0f}  {self._clock.left():>7}"
+            f"{record['test_accuracy']:8.2%}  {record['global_std']:8.2e}  "
+            f"{'-' if scale is None else format(scale, '.4f'):>6}  {last}  "
+            f"{self._clock.left():>7}"
         )
         self._last_line = time.monotonic()
 
-    def _add(self, step: int, loss: float, global_std: float, scale_factor: float | None) -> None:
+    def _add(self, step: int, *values: float | None) -> None:
         column = (step - 1) * WIDTH // self._steps
-        for curve, value in zip(
-            self._curves.values(), (loss, global_std, scale_factor), strict=True
-        ):
+        for curve, value in zip(self._curves.values(), values, strict=True):
             if value is not None:
                 curve.add(column, value)
 

@@ -51,6 +51,17 @@ def adamw(
     return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
+def adam(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adam of the loss with an L2 penalty, as `torch.optim.Adam(weight_decay=...)`.
+
+    What stands before it acts on the loss's gradient alone: a factor of 0.5 there doubles the
+    penalty's share of the gradient.
+    """
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+
+
 def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
     penalty = optax.add_decayed_weights(weight_decay)
     return optax.chain(penalty, optax.sgd(learning_rate, momentum=0.9))
@@ -133,6 +144,7 @@ METHODS = {
 
 OPTIMIZERS = {
     "adamw": OptimizerSpec(adamw, "AdamW", "Adam with decoupled weight decay", 1e-3),
+    "adam": OptimizerSpec(adam, "Adam + L2", "Adam of the loss with an L2 penalty", 1e-3),
     "sgd": OptimizerSpec(sgd, "SGD", "momentum of 0.9 and an L2 penalty", 0.1),
 }
 
@@ -143,26 +155,52 @@ def method_label(method: str, optimizer: str) -> str:
 
 
 def learning_rate_schedule(
-    learning_rate: float, decay_epochs: float, steps_per_epoch: int
+    learning_rate: float, decay_epochs: float, warmup_epochs: float, steps_per_epoch: int
 ) -> optax.Schedule:
-    """The paper's step decay: times 0.75 every `decay_epochs` epochs.
+    """The paper's step decay, times 0.75 every `decay_epochs` epochs, after a linear warm-up.
 
     Args:
-      learning_rate: the value at the start.
-      decay_epochs: how many epochs each value lasts.
+      learning_rate: the value at the start, or that the warm-up leads to.
+      decay_epochs: how many epochs each value lasts, those of the warm-up included.
+      warmup_epochs: over how many epochs the learning rate rises from 0, step by step.
       steps_per_epoch: the number of steps in an epoch.
 
     Returns:
       The learning rate as a function of the number of steps taken.
     """
     transition_steps = max(1, round(decay_epochs * steps_per_epoch))
-    return optax.exponential_decay(learning_rate, transition_steps, decay_rate=0.75, staircase=True)
+    decay = optax.exponential_decay(
+        learning_rate, transition_steps, decay_rate=0.75, staircase=True
+    )
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(0.0, 1.0, warmup_steps)
+    return lambda count: warmup(count) * decay(count)
 
 
 def make_optimizer(
-    method: str, optimizer: str, learning_rate: optax.ScalarOrSchedule, weight_decay: float
+    method: str,
+    optimizer: str,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    *,
+    effect: bool = False,
 ) -> optax.GradientTransformation:
-    """The method's transformation, chained before the optimizer."""
-    return optax.chain(
-        METHODS[method].make(), OPTIMIZERS[optimizer].make(learning_rate, weight_decay)
-    )
+    """The method's transformation, chained before the optimizer.
+
+    Args:
+      method: a name in `METHODS`.
+      optimizer: a name in `OPTIMIZERS`.
+      learning_rate: a number, or a schedule.
+      weight_decay: how strong the optimizer's is.
+      effect: whether to compare each update with that of the optimizer alone.
+
+    Returns:
+      The chain; with `effect` inside `measure_effect`.
+    """
+    make = OPTIMIZERS[optimizer].make
+    tx = optax.chain(METHODS[method].make(), make(learning_rate, weight_decay))
+    if effect:
+        tx = optax_autoscale.measure_effect(tx, make(learning_rate, weight_decay))
+    return tx

@@ -44,12 +44,14 @@ def plot_curves(records: Sequence[Record], title: str, path: Path) -> None:
 def plot_gradients(records: Sequence[Record], title: str, path: Path) -> None:
     """Draws the standard deviation of each layer's gradient, the global one, and the scale factor.
 
-    As in the paper's Figures 1 and 2.
+    As in the paper's Figures 1 and 2; and where it was measured, the effect on the updates.
     """
     scaled = records[-1]["scale_factor"] is not None
+    measured = records[-1]["update_norm_ratio"] is not None
+    panels = 2 + scaled + measured
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11 if scaled else 8, 3.2), layout="constrained")
-        layer_axes, global_axes, *scale_axes = figure.subplots(1, 3 if scaled else 2)
+        figure = Figure(figsize=(2 + 3 * panels, 3.2), layout="constrained")
+        layer_axes, global_axes, *more_axes = figure.subplots(1, panels)
 
         layers = {
             layer: [record["layer_std"][layer] for record in records]
@@ -61,8 +63,32 @@ def plot_gradients(records: Sequence[Record], title: str, path: Path) -> None:
         _plot(global_axes, records, [record["global_std"] for record in records], BLUE)
         global_axes.set(title="Global gradient std $s_t$", yscale="log")
         if scaled:
-            _plot(scale_axes[0], records, [record["scale_factor"] for record in records], ORANGE)
-            scale_axes[0].set_title(f"Scale factor $a_t$, exponent {records[-1]['exponent']}")
+            factors = [record["scale_factor"] for record in records]
+            _plot(more_axes[0], records, factors, ORANGE)
+            more_axes[0].set_title(f"Scale factor $a_t$, exponent {records[-1]['exponent']}")
+        if measured:
+            ratios = [record["update_norm_ratio"] for record in records]
+            cosines = [record["update_cosine"] for record in records]
+            _plot(more_axes[-1], records, ratios, BLUE, "ratio of norms")
+            _plot(more_axes[-1], records, cosines, ORANGE, "cosine")
+            more_axes[-1].set_title("Update, to the plain optimizer's")
+            more_axes[-1].legend()
+        _finish(figure, title, path)
+
+
+def plot_layer_map(records: Sequence[Record], title: str, path: Path) -> None:
+    """Draws the standard deviation of each layer's gradient by name, in colors over epochs."""
+    names = list(records[-1]["layer_std"])
+    stds = np.array([[record["layer_std"][name] for record in records] for name in names])
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(8, 1.5 + 0.16 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        edges = np.arange(len(records) + 1) + 0.5
+        mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), stds, norm="log")
+        axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title("Gradient std by layer, from input (top) to output")
+        figure.colorbar(mesh, ax=axes)
         _finish(figure, title, path)
 
 

@@ -45,7 +45,10 @@ class Program:
             )
         self.steps_per_epoch = num_images // size
         self._schedule = learning_rate_schedule(
-            experiment.learning_rate, experiment.decay_epochs, self.steps_per_epoch
+            experiment.learning_rate,
+            experiment.decay_epochs,
+            experiment.warmup_epochs,
+            self.steps_per_epoch,
         )
         self._num_test = len(dataset.test_labels)
         # The time of an evaluation, in steps: gradients are two thirds of a step's work.
@@ -60,7 +63,11 @@ class Program:
             dtype=experiment.precision,
         )
         tx = make_optimizer(
-            experiment.method, experiment.optimizer, self._schedule, experiment.weight_decay
+            experiment.method,
+            experiment.optimizer,
+            self._schedule,
+            experiment.weight_decay,
+            effect=experiment.effect,
         )
 
         # An argument, as constants would make another program of each seed.
@@ -74,7 +81,7 @@ class Program:
 
         def first_state(seed: jax.Array) -> steps.TrainState:
             model = make_model(rngs=nnx.Rngs(jax.random.key(seed)))
-            return steps.init_state(model, tx, seed, self.layers)
+            return steps.init_state(model, tx, seed, self.layers, self.steps_per_epoch)
 
         everywhere, split = devices.replicated(mesh), devices.by_batch(mesh)
         place = devices.state_shardings(jax.eval_shape(first_state, seed), mesh, fsdp=fsdp)
@@ -93,7 +100,7 @@ class Program:
         self._train_step: Any = jax.jit(
             steps.make_train_step(model, tx, experiment, dataset, split, self.layers),
             donate_argnums=0,
-            out_shardings=(place, steps.Measured(one, one, one, place.params)),
+            out_shardings=(place, steps.Measured(one, one, one, one, place.params)),
         )
         self._eval_step: Any = jax.jit(
             steps.make_eval_step(model, dataset, self._eval_batch, split),

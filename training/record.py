@@ -29,13 +29,17 @@ class Record(TypedDict):
     scale_factor: float | None  # a_t; None where the method has none
     exponent: int | None  # p_t at its end, 0 while undecided; None where the method has none
     layer_std: dict[str, float]  # of the raw gradients by parameter path, from input to output
+    # With --effect, of the updates beside the plain optimizer's, from sums over the epoch:
+    update_norm_ratio: float | None
+    update_cosine: float | None
+    update_norm_ratio_by_step: list[float] | None  # of each step of the first epoch; later None
     images_per_second: float  # in training
     seconds: float  # of training and evaluation
 
 
 OPTIONAL = ("scale_factor", "exponent")
 # Keys that records of an earlier version lack; they read as None.
-LATER: tuple[str, ...] = ()
+LATER = ("update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:
@@ -80,8 +84,14 @@ def _checked(record: Any, epoch: int) -> Record:
         raise ValueError(f"{'missing' if missing else 'unknown'}: {', '.join(missing or wrong)}")
     if record["epoch"] != epoch:
         raise ValueError(f"the record of epoch {record['epoch']} stands in its place")
-    values = {name: record[name] for name in names - {"layer_std"}}
-    values |= {f"layer_std of {layer}": std for layer, std in record["layer_std"].items()}
+    values: dict[str, Any] = {}
+    for name in Record.__annotations__:
+        value = record[name]
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            values |= {f"{name}[{key!r}]": item for key, item in items}
+        else:
+            values[name] = value
     for name, value in values.items():
         if value is None and name in (*OPTIONAL, *LATER):
             continue

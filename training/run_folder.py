@@ -147,6 +147,7 @@ class RunFolder:
             if self.records:
                 plots.plot_curves(self.records, self._title, self.path / "curves.png")
                 plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
+                plots.plot_layer_map(self.records, self._title, self.path / "layers.png")
 
     @property
     def _title(self) -> str:
@@ -213,6 +214,8 @@ def _scalars(record: Record) -> dict[str, float]:
         "gradients/global_std": record["global_std"],
         "gradients/scale_factor": record["scale_factor"],
         "gradients/exponent": record["exponent"],
+        "effect/update_norm_ratio": record["update_norm_ratio"],
+        "effect/update_cosine": record["update_cosine"],
     } | {f"layer_std/{path}": std for path, std in record["layer_std"].items()}
     return {name: value for name, value in scalars.items() if value is not None}
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Sharding
 
-from optax_autoscale import global_std
+from optax_autoscale import EffectSums, global_std
 from training.augmentation import cutmix, normalize, random_crop, random_flip
 from training.config import Experiment
 from training.data import Dataset
@@ -26,6 +26,7 @@ class TrainState(NamedTuple):
     batch_stats: nnx.State
     opt_state: optax.OptState
     totals: dict[str, Any]  # the epoch's sums so far of what `measure` gives
+    norm_ratios: jax.Array | None  # of the epoch's steps; shape=(steps,), dtype=float32
 
 
 class Measured(NamedTuple):
@@ -34,6 +35,7 @@ class Measured(NamedTuple):
     loss: jax.Array  # shape=(), dtype=float32
     global_std: jax.Array  # shape=(), dtype=float32
     scale_factor: jax.Array | None  # shape=(), dtype=float32; None where the method has none
+    norm_ratio: jax.Array | None  # shape=(), dtype=float32; None where no effect is measured
     grads: nnx.State | None  # as the parameters
 
 
@@ -42,12 +44,16 @@ def init_state(
     tx: optax.GradientTransformation,
     seed: jax.typing.ArrayLike,
     layers: LayerPaths,
+    steps_per_epoch: int,
 ) -> TrainState:
     """The state before the first step."""
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     opt_state = tx.init(params)
     totals = jax.tree.map(jnp.zeros_like, measure(jnp.float32(0), params, opt_state, layers))
-    return TrainState(jnp.int32(0), jnp.uint32(seed), params, batch_stats, opt_state, totals)
+    norm_ratios = None if totals["effect"] is None else jnp.ones(steps_per_epoch)
+    return TrainState(
+        *(jnp.int32(0), jnp.uint32(seed), params, batch_stats, opt_state, totals, norm_ratios)
+    )
 
 
 def measure(
@@ -59,11 +65,12 @@ def measure(
         "global_std": global_std(grads),
         "layer_std": layer_stds(grads, layers),
         "scale_factor": optax.tree.get(opt_state, "scale_factor", None),
+        "effect": optax.tree.get(opt_state, "effect_sums", None),
     }
 
 
 def epoch_means(state: TrainState, layers: LayerPaths, steps: int) -> dict[str, Any]:
-    """The means over an epoch's steps of what `measure` gives, and the exponent at its end.
+    """The means over an epoch's steps of what `measure` gives, and what else a record needs.
 
     Args:
       state: the state after the epoch's last step.
@@ -78,10 +85,17 @@ def epoch_means(state: TrainState, layers: LayerPaths, steps: int) -> dict[str, 
         (state.totals, optax.tree.get(state.opt_state, "exponent", None))
     )
     stds = (totals.pop("layer_std") / steps).tolist()
+    effect: EffectSums | None = totals.pop("effect")
+    first = int(state.step) == steps
     return {
         **{name: None if total is None else float(total) / steps for name, total in totals.items()},
         "exponent": None if exponent is None else int(exponent),
         "layer_std": dict(zip(layers.names, stds, strict=True)),
+        "update_norm_ratio": effect and float(effect.norm_ratio),
+        "update_cosine": effect and float(effect.cosine),
+        "update_norm_ratio_by_step": np.asarray(state.norm_ratios).tolist()
+        if effect and first
+        else None,
     }
 
 
@@ -164,8 +178,14 @@ def make_train_step(
         totals = jax.tree.map(
             lambda total, value: jnp.where(first, 0, total) + value, state.totals, measured
         )
-        state = TrainState(state.step + 1, state.seed, params, batch_stats, opt_state, totals)
-        return state, Measured(loss, measured["global_std"], measured["scale_factor"], grads)
+        norm_ratio, norm_ratios = optax.tree.get(opt_state, "norm_ratio", None), None
+        if norm_ratio is not None:
+            norm_ratios = state.norm_ratios.at[state.step % steps_per_epoch].set(norm_ratio)
+        state = TrainState(
+            *(state.step + 1, state.seed, params, batch_stats, opt_state, totals, norm_ratios)
+        )
+        global_std, scale_factor = measured["global_std"], measured["scale_factor"]
+        return state, Measured(loss, global_std, scale_factor, norm_ratio, grads)
 
     return train_step
 

@@ -31,7 +31,7 @@ def test_the_same_study_at_any_scale_ends_at_the_same_learning_rate():
     full = recipe("cifar100")
     ends = []
     for run in (full, compressed(full, 5), compressed(full, 20)):
-        schedule = learning_rate_schedule(run.learning_rate, run.decay_epochs, steps_per_epoch=195)
+        schedule = learning_rate_schedule(run.learning_rate, run.decay_epochs, 0, 195)
         ends.append(float(schedule(run.epochs * 195 - 1)))
     assert ends == pytest.approx([1e-3 * 0.75**6] * 3)
 

@@ -39,13 +39,16 @@ def test_every_option_is_read():
         "batch_size": 7,
         "learning_rate": 0.5,
         "decay_epochs": 4.5,
+        "warmup_epochs": 1.5,
         "weight_decay": 0.25,
         "label_smoothing": 0.2,
         "cutmix_probability": 0.3,
+        "tag": "wide",
         "seed": 9,
         "precision": "bfloat16",
         "data_dir": Path("data"),
         "train_size": 99,
+        "effect": True,
         "out": Path("results"),
         "resume": True,
         "checkpoint_minutes": 1.5,
@@ -78,6 +81,7 @@ def test_the_folder_is_named_after_the_run():
     for args, folder in [
         (["--dataset=cifar100"], "runs/cifar100-resnet20-autoscale-adamw-seed0"),
         (["--method=none", "--optimizer=sgd", "--seed=3"], "runs/digits-resnet20-none-sgd-seed3"),
+        (["--tag", "wd-4x"], "runs/digits-resnet20-autoscale-adamw-seed0-wd-4x"),
         (["--out", "elsewhere"], "elsewhere"),
     ]:
         assert run_folder(*parse(args)) == Path(folder)
@@ -98,6 +102,7 @@ def test_the_former_name_of_no_method_is_explained():
         ("learning_rate", 0.0),
         ("decay_epochs", 0.0),
         ("checkpoint_minutes", -1.0),
+        ("warmup_epochs", -1.0),
         ("weight_decay", float("inf")),
         ("label_smoothing", 1.5),
         ("cutmix_probability", -0.5),
@@ -108,6 +113,11 @@ def test_impossible_values_are_named(name, value):
     part = Launch() if name == "checkpoint_minutes" else Experiment()
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}; it must be"):
         dataclasses.replace(part, **{name: value}).validate()
+
+
+def test_a_tag_that_would_be_a_folder_is_refused():
+    with pytest.raises(ValueError, match="it is part of a file's name"):
+        Experiment(tag="../up").validate()
 
 
 def test_help_shows_every_option_with_its_default(capsys):

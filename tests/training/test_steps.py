@@ -49,11 +49,11 @@ IMAGES = steps.flat_images(DATA.train_images)
 def compiled(it: Experiment):
     """The state before the first step, and the compiled step."""
     model = make_model(it)
-    schedule = learning_rate_schedule(it.learning_rate, it.decay_epochs, STEPS)
+    schedule = learning_rate_schedule(it.learning_rate, it.decay_epochs, 0, STEPS)
     tx = make_optimizer(it.method, it.optimizer, schedule, it.weight_decay)
     alone = SingleDeviceSharding(jax.devices()[0])
     train_step = jax.jit(steps.make_train_step(model, tx, it, DATA, alone, LAYERS))
-    return steps.init_state(model, tx, it.seed, LAYERS), train_step
+    return steps.init_state(model, tx, it.seed, LAYERS, STEPS), train_step
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def first_gradients():
 def test_every_method_records_the_raw_gradients(method):
     config = dataclasses.replace(EXPERIMENT, method=method, batch_size=NUM_TRAIN)
     state, train_step = compiled(config)
-    state, (loss, global_std, scale_factor, raw) = train_step(
+    state, (loss, global_std, scale_factor, _, raw) = train_step(
         state, steps.flat_images(BLANK), DATA.train_labels, jnp.arange(NUM_TRAIN, dtype=jnp.int32)
     )
     expected_loss, grads = first_gradients()
