@@ -8,6 +8,7 @@ from optax_autoscale._autoscale import (
     center_layers,
     scale_by_global_std,
 )
+from optax_autoscale._effect import EffectState, EffectSums, measure_effect
 from optax_autoscale._moments import default_layer_axes, global_std, layer_std
 from optax_autoscale._rivals import (
     gradient_centralization,
@@ -19,6 +20,8 @@ __version__ = _version("optax-autoscale")
 
 __all__ = [
     "AutoscaleState",
+    "EffectState",
+    "EffectSums",
     "autoscale",
     "center_layers",
     "default_layer_axes",
@@ -26,6 +29,7 @@ __all__ = [
     "gradient_centralization",
     "gradient_normalization",
     "layer_std",
+    "measure_effect",
     "scale_by_global_std",
     "zscore_normalization",
 ]

@@ -67,10 +67,16 @@ def tree_moments(tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None) -
     """The tree with each eligible leaf replaced by its ``Moments``, and every other one by None."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     moments = [_leaf_moments(path, leaf, layer_axes) for path, leaf in flat]
-    if axis_name is not None:
-        mesh_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        moments = _sum_over_mesh(moments, [leaf for _, leaf in flat], mesh_axes)
-    return treedef.unflatten(moments)
+    layers = [layer for layer in moments if layer is not None]
+    values = [value for layer in layers for value in (layer.total, layer.squares)]
+    sums, shards = sum_over_mesh(values, axis_name)
+    summed = (
+        Moments(layer.axes, layer.size * count, total, squares)
+        for layer, count, total, squares in zip(
+            layers, shards[::2], sums[::2], sums[1::2], strict=True
+        )
+    )
+    return treedef.unflatten(None if layer is None else next(summed) for layer in moments)
 
 
 def pooled_moments(moments: Any) -> Moments:
@@ -186,7 +192,7 @@ def _leaf_moments(path: KeyPath, leaf: Any, layer_axes: LayerAxes) -> Moments | 
             f"layer_axes gave {axes} for the gradient at {jax.tree_util.keystr(path)} of shape "
             f"{shape}; it must give distinct axes of that array, or None"
         )
-    wide = jnp.asarray(leaf, dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+    wide = jnp.asarray(leaf, wide_dtype(dtype))
     return Moments(
         axes,
         math.prod(shape[axis] for axis in axes),
@@ -195,26 +201,34 @@ def _leaf_moments(path: KeyPath, leaf: Any, layer_axes: LayerAxes) -> Moments | 
     )
 
 
-def _sum_over_mesh(
-    moments: list[Moments | None], leaves: list[Any], mesh_axes: tuple[str, ...]
-) -> list[Moments | None]:
-    """Adds up the moments of leaves that are sharded over ``mesh_axes`` of ``jax.shard_map``."""
-    # Where shard_map tracks over which axes a value varies (check_vma, the default), a leaf that is
+def wide_dtype(dtype: Any) -> Any:
+    """What entries of ``dtype`` are summed in: float32 at least."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def sum_over_mesh(
+    values: list[jax.Array], axis_name: AxisName
+) -> tuple[list[jax.Array], list[int]]:
+    """Adds up what the shards of ``jax.shard_map`` have summed; and says how many each has."""
+    sums, shards = list(values), [1] * len(values)
+    if axis_name is None:
+        return sums, shards
+    mesh_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    # Where shard_map tracks over which axes a value varies (check_vma, the default), what is
     # replicated over one of them must be counted once there.
     tracked = [axis for axis in mesh_axes if axis in _varying_axes(jax.lax.axis_index(axis))]
-    groups: dict[tuple[str, ...], dict[int, Moments]] = {}
-    for index, (leaf, layer) in enumerate(zip(leaves, moments, strict=True)):
-        if layer is not None:
-            varying = _varying_axes(leaf)
-            axes = tuple(axis for axis in mesh_axes if axis not in tracked or axis in varying)
-            groups.setdefault(axes, {})[index] = layer
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, value in enumerate(values):
+        varying = _varying_axes(value)
+        axes = tuple(axis for axis in mesh_axes if axis not in tracked or axis in varying)
+        groups.setdefault(axes, []).append(index)
     for axes, group in groups.items():
         if axes:
-            shards = jax.lax.axis_size(axes)
-            sums = jax.lax.psum([(layer.total, layer.squares) for layer in group.values()], axes)
-            for (index, layer), (total, squares) in zip(group.items(), sums, strict=True):
-                moments[index] = Moments(layer.axes, layer.size * shards, total, squares)
-    return moments
+            size = jax.lax.axis_size(axes)
+            summed = jax.lax.psum([values[index] for index in group], axes)
+            for index, total in zip(group, summed, strict=True):
+                sums[index], shards[index] = total, size
+    return sums, shards
 
 
 def _varying_axes(value: Any) -> frozenset[str]:

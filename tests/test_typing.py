@@ -13,6 +13,7 @@ import optax
 
 from optax_autoscale import (
     AutoscaleState,
+    EffectSums,
     autoscale,
     center_layers,
     default_layer_axes,
@@ -20,6 +21,7 @@ from optax_autoscale import (
     gradient_centralization,
     gradient_normalization,
     layer_std,
+    measure_effect,
     scale_by_global_std,
     zscore_normalization,
 )
@@ -66,6 +68,15 @@ def test_measurements():
     std = assert_type(global_std(params()), jax.Array)
     assert std.shape == ()
     assert set(layer_std(params(), layer_axes=only_kernels)) == {"kernel", "bias"}
+
+
+def test_the_effect():
+    tx = measure_effect(optax.chain(autoscale(), optax.sgd(0.1)), optax.sgd(0.1), per_leaf=True)
+    assert_type(tx, optax.GradientTransformationExtraArgs)
+    _, state = tx.update(params(), tx.init(params()), params())
+    sums: EffectSums = optax.tree.get(state, "effect_sums")
+    cosine = assert_type(sums.sum().cosine, jax.Array)
+    assert -1 <= float(cosine) <= 1
 
 
 def test_the_state():
