@@ -130,7 +130,7 @@ def band(axes: Axes, x: Sequence[int], y: np.ndarray, method: str, name: str = "
     """Draws the mean over the first axis of `y`, and its standard deviation around it."""
     look = METHODS[method]
     mean, std = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
-    axes.plot(x, mean, look.line, color=look.color, label=name, linewidth=1.5)
+    axes.plot(x, mean, linestyle=look.line, color=look.color, label=name, linewidth=1.5)
     axes.fill_between(x, mean - std, mean + std, color=look.color, alpha=0.08, linewidth=0)
 
 

@@ -63,20 +63,28 @@ class Study(NamedTuple):
     title: str
     scale: str  # at which scale, for captions
     grids: tuple[Grid, ...]
+    plan: str = ""  # hypotheses, tests and margins, fixed before the runs
 
     def experiments(self, seeds: int | None = None) -> list[Experiment]:
-        """All runs: the cheapest first; of equal ones all methods of a seed before the next seed.
+        """All runs, grid by grid: the cheapest first, all methods of a seed before the next seed.
 
         So a study that was left unfinished compares methods on the same seeds.
         """
-        runs = [experiment for grid in self.grids for experiment in grid.experiments(seeds)]
-        methods = list(dict.fromkeys(run.method for run in runs))
-        return sorted(runs, key=lambda run: (cost(run), run.seed, methods.index(run.method)))
+        return [
+            experiment
+            for grid in self.grids
+            for experiment in sorted(grid.experiments(seeds), key=lambda run: (cost(run), run.seed))
+        ]
 
 
 def compressed(experiment: Experiment, epochs: int) -> Experiment:
     """The recipe in fewer epochs, in which the learning rate decays as far as in 200."""
     return dataclasses.replace(experiment, epochs=epochs, decay_epochs=30 * epochs / 200)
+
+
+def measured(experiment: Experiment) -> Experiment:
+    """The same, with its effect on the plain optimizer's updates recorded."""
+    return dataclasses.replace(experiment, effect=True)
 
 
 DIGITS, DIGITS_SGD = (
@@ -88,40 +96,98 @@ DIGITS_SCALE = (
     "for 200"
 )
 PARTS = (
-    *("none", "centering", "scaling", "constant"),
-    *("autoscale", "autoscale_p1", "autoscale_p2", "autoscale_max1"),
+    *("none", "centering", "scaling", "constant", "autoscale", "autoscale_p1"),
+    *("autoscale_direction", "autoscale_norm"),
 )
+
+CIFAR100 = measured(compressed(recipe("cifar100"), 20))
+# The recipe's total decay in a tenth of its epochs, to first order.
+WEIGHT_DECAY = 5e-5 * 200 / 20
+# The mean of 1 / a_t in a pilot run of 10 epochs, one seed.
+STRONGER = 2.1
+
+
+def with_penalty(factor: float) -> Experiment:
+    """CIFAR-100 with Adam and an L2 penalty, a multiple of the recipe's."""
+    weight_decay = float(f"{WEIGHT_DECAY * factor:.12g}")
+    tag = "" if factor == 1 else f"penalty{factor:g}"
+    return dataclasses.replace(CIFAR100, optimizer="adam", weight_decay=weight_decay, tag=tag)
+
+
+CIFAR100_PLAN = """\
+Fixed before the first run. All runs: ResNet-20 on CIFAR-100 for 20 epochs, the paper's schedule
+compressed in proportion, the same seeds for all methods, so that runs of one seed start from
+the same parameters and see the same batches. The outcome is the test accuracy after the last
+epoch, in points.
+
+- **A, primary.** `autoscale` against `none` before AdamW, 6 seeds each. Two tests, and no
+  others before all 12 runs are in: the paired t-test at alpha = 0.05, two-sided, and
+  equivalence within 1 point (two one-sided paired t-tests at 0.05). The paper's claim is +2.0
+  points, from one run each.
+- **C, the mechanism.** With Adam and an L2 penalty in place of AdamW, 4 seeds each: `none`,
+  `autoscale`, `none` with the penalty times 2.1 (the mean of 1 / a_t in a pilot run of 10
+  epochs: `autoscale` comes before the penalty, and a factor a_t < 1 there multiplies the
+  penalty's share by 1 / a_t), and `none` with the penalty times 4. Weight decay 5e-4, ten times
+  the recipe's for a tenth of its epochs. Descriptive, with 95% intervals: is `autoscale` nearer
+  to the plain or to the stronger penalty, and would a still stronger one do more?
+- **B, which half acts.** `scaling` and `centering` before AdamW against `none`, 3 seeds each.
+  One family of two tests with Holm's correction.
+- **Baselines.** Gradient Normalization, Gradient Centralization and Z-score before AdamW, 2
+  seeds each: descriptive.
+
+A run diverges when its loss or gradients are not finite; the rule for it is in
+`reproduction/inference.py`. Secondary, descriptive: the test loss, the mean accuracy of the
+last three epochs, the effect on the updates. Whatever else is looked at later is called
+exploratory."""
 
 STUDIES = {
     "digits": Study(
         "The paper's comparison, in minutes",
         DIGITS_SCALE,
-        (Grid(DIGITS, PAPER_MODELS, PAPER_METHODS, 5),),
+        (Grid(measured(DIGITS), PAPER_MODELS, PAPER_METHODS, 5),),
     ),
     "ablation": Study(
         "Which part of the method does the work?",
         DIGITS_SCALE,
         (
-            Grid(DIGITS, ("resnet20",), PARTS, 5),
-            Grid(DIGITS_SGD, ("resnet20",), PARTS, 5),
+            Grid(measured(DIGITS), ("resnet20",), PARTS, 5),
+            Grid(measured(DIGITS_SGD), ("resnet20",), PARTS, 5),
         ),
     ),
     "vit": Study(
         "A Vision Transformer",
         "scikit-learn's digits, enlarged to 16x16 pixels, for 40 epochs",
-        (Grid(compressed(recipe("digits"), 40), ("vit",), ("none", "autoscale"), 3),),
+        (Grid(measured(compressed(recipe("digits"), 40)), ("vit",), ("none", "autoscale"), 3),),
     ),
     "cpu": Study(
         "The paper's comparison on CIFAR-100, as far as a CPU goes",
         "CIFAR-100, 5 epochs in place of 200",
         (Grid(compressed(recipe("cifar100"), 5), ("resnet20",), PAPER_METHODS, 1),),
     ),
+    "cifar100": Study(
+        "Does it help on CIFAR-100, and why?",
+        "CIFAR-100, 20 epochs in place of 200",
+        (
+            Grid(CIFAR100, ("resnet20",), ("none", "autoscale"), 6),
+            Grid(with_penalty(1), ("resnet20",), ("none", "autoscale"), 4),
+            Grid(with_penalty(STRONGER), ("resnet20",), ("none",), 4),
+            Grid(with_penalty(4), ("resnet20",), ("none",), 4),
+            Grid(CIFAR100, ("resnet20",), ("scaling", "centering"), 3),
+            Grid(
+                CIFAR100,
+                ("resnet20",),
+                ("gradient_normalization", "gradient_centralization", "zscore"),
+                2,
+            ),
+        ),
+        CIFAR100_PLAN,
+    ),
     "paper": Study(
         "The paper's comparison",
         "the paper's own: CIFAR-100, 200 epochs; its figures: CIFAR-10, 300 epochs",
         (
-            Grid(recipe("cifar100"), PAPER_MODELS, PAPER_METHODS, 5),
-            Grid(recipe("cifar10"), PAPER_MODELS, ("autoscale",), 1),
+            Grid(measured(recipe("cifar100")), PAPER_MODELS, PAPER_METHODS, 5),
+            Grid(measured(recipe("cifar10")), PAPER_MODELS, ("autoscale",), 1),
         ),
     ),
 }
@@ -133,6 +199,11 @@ def cost(experiment: Experiment) -> float:
     images = experiment.train_size or data.num_train
     area = (data.image_size / 32) ** 2
     return experiment.epochs * images * area * MODELS[experiment.model].multiply_adds
+
+
+def same_results(experiment: Experiment) -> Experiment:
+    """The experiment without what changes none of its results: whether the effect is measured."""
+    return dataclasses.replace(experiment, effect=False)
 
 
 class Run(NamedTuple):

@@ -34,7 +34,7 @@ models.MODELS["resnet20"] = models.MODELS["resnet20"]._replace(make=tiny)
 import train
 train.main()
 """
-ARGS = ["--train-size", "96", "--batch-size", "16", "--epochs", "3"]
+ARGS = ["--train-size", "96", "--batch-size", "16", "--epochs", "3", "--effect"]
 STEPS = 6
 CACHE = tempfile.TemporaryDirectory()  # most runs here compile the same programs
 

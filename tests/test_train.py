@@ -30,7 +30,8 @@ ROOT = Path(train.__file__).parent
 TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
 FIELDS = [
     "epoch", "step", "train_loss", "test_loss", "test_accuracy", "learning_rate", "global_std",
-    "scale_factor", "exponent", "layer_std", "images_per_second", "seconds",
+    "scale_factor", "exponent", "layer_std", "update_norm_ratio", "update_cosine",
+    "update_norm_ratio_by_step", "images_per_second", "seconds",
 ]  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
 def run(tmp_path_factory) -> tuple[Path, str]:
     """A short run of the real thing, by hand of the command line, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "short"
-    args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--out", str(out)]
+    args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--effect", "--out", str(out)]
     done = command(*args)
     assert (done.returncode, done.stderr) == (0, "")
     return out, done.stdout
@@ -93,7 +94,7 @@ def test_the_saved_model_has_the_recorded_accuracy(run):
 
 def test_pictures_can_be_opened(run):
     folder, _ = run
-    for name in ("curves.png", "gradients.png"):
+    for name in ("curves.png", "gradients.png", "layers.png"):
         with Image.open(folder / name) as image:
             assert min(image.size) > 300
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
@@ -110,6 +111,8 @@ def test_tensorboard_has_the_records(run):
         epoch = record["epoch"]
         assert scalars["test/accuracy", epoch] == pytest.approx(record["test_accuracy"])
         assert scalars["gradients/scale_factor", epoch] == pytest.approx(record["scale_factor"])
+        for name in ("update_norm_ratio", "update_cosine"):
+            assert scalars[f"effect/{name}", epoch] == pytest.approx(record[name])
         for layer, std in record["layer_std"].items():
             assert scalars[f"layer_std/{layer}", epoch] == pytest.approx(std)
 

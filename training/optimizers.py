@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import optax
 
 import optax_autoscale
+
+Transformation: TypeAlias = optax.GradientTransformation
 
 
 class MethodSpec(NamedTuple):
@@ -17,7 +19,9 @@ class MethodSpec(NamedTuple):
     label: str  # in titles, tables and figures
     description: str  # what `train.py --list` says of it
     color: str  # Okabe and Ito's: told apart by the color-blind
-    line: str = "-"
+    line: str | tuple[int, tuple[int, int]] = "-"  # as Matplotlib has it
+    # What is made of the chain and the plain optimizer, where it is not the chain alone.
+    combine: Callable[[Transformation, Transformation], Transformation] | None = None
 
 
 class OptimizerSpec(NamedTuple):
@@ -43,6 +47,29 @@ def fixed_exponent(exponent: int) -> optax.GradientTransformation:
 def centering_by_constant(factor: float) -> optax.GradientTransformation:
     """Centers each weight gradient and multiplies all of them by a constant."""
     return optax.chain(optax.scale(factor), optax_autoscale.center_layers())
+
+
+def graft(direction: Transformation, norm: Transformation) -> Transformation:
+    """The updates of one transformation with the norm, over all leaves, of another's.
+
+    Where the direction's updates are all 0, so are the results.
+
+    References:
+      Agarwal et al., `Disentangling Adaptive Gradient Methods from Learning Rates
+      <https://arxiv.org/abs/2002.11803>`_, 2020, who do so by layer
+    """
+
+    def init(params: optax.Params) -> Any:
+        return direction.init(params), norm.init(params)
+
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None) -> Any:
+        turned, direction_state = direction.update(updates, state[0], params)
+        sized, norm_state = norm.update(updates, state[1], params)
+        length = optax.tree.norm(turned)
+        factor = jnp.where(length == 0, 0, optax.tree.norm(sized) / length)
+        return optax.tree.scale(factor, turned), (direction_state, norm_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def adamw(
@@ -140,6 +167,22 @@ METHODS = {
         "#D55E00",
         "-.",
     ),
+    "autoscale_direction": MethodSpec(
+        optax_autoscale.autoscale,
+        "Autoscale's direction, plain norm",
+        "autoscale's update with the norm of the plain optimizer's",
+        "#D55E00",
+        (0, (1, 3)),
+        combine=graft,
+    ),
+    "autoscale_norm": MethodSpec(
+        optax_autoscale.autoscale,
+        "plain direction, Autoscale's norm",
+        "the plain optimizer's update with the norm of autoscale's",
+        "#000000",
+        "--",
+        combine=lambda chain, plain: graft(plain, chain),
+    ),
 }
 
 OPTIMIZERS = {
@@ -199,8 +242,10 @@ def make_optimizer(
     Returns:
       The chain; with `effect` inside `measure_effect`.
     """
-    make = OPTIMIZERS[optimizer].make
-    tx = optax.chain(METHODS[method].make(), make(learning_rate, weight_decay))
+    make, spec = OPTIMIZERS[optimizer].make, METHODS[method]
+    tx = optax.chain(spec.make(), make(learning_rate, weight_decay))
+    if spec.combine:
+        tx = spec.combine(tx, make(learning_rate, weight_decay))
     if effect:
         tx = optax_autoscale.measure_effect(tx, make(learning_rate, weight_decay))
     return tx

@@ -178,9 +178,10 @@ def make_train_step(
         totals = jax.tree.map(
             lambda total, value: jnp.where(first, 0, total) + value, state.totals, measured
         )
-        norm_ratio, norm_ratios = optax.tree.get(opt_state, "norm_ratio", None), None
-        if norm_ratio is not None:
-            norm_ratios = state.norm_ratios.at[state.step % steps_per_epoch].set(norm_ratio)
+        norm_ratio = optax.tree.get(opt_state, "norm_ratio", None)
+        norm_ratios = state.norm_ratios
+        if norm_ratios is not None:
+            norm_ratios = norm_ratios.at[state.step % steps_per_epoch].set(norm_ratio)
         state = TrainState(
             *(state.step + 1, state.seed, params, batch_stats, opt_state, totals, norm_ratios)
         )

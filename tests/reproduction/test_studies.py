@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reproduction import studies
-from reproduction.studies import STUDIES, compressed, cost
+from reproduction.studies import STUDIES, compressed, cost, same_results
 from training import config
 from training.config import Experiment, Launch, recipe
 from training.optimizers import learning_rate_schedule
@@ -23,7 +23,7 @@ def test_the_papers_study_is_section_5_of_the_paper():
         ("cifar10", 300): 3,
     }
     for run in runs:
-        changed = {"model": run.model, "method": run.method}
+        changed = {"model": run.model, "method": run.method, "effect": True}
         assert run == dataclasses.replace(recipe(run.dataset), **changed)
 
 
@@ -37,14 +37,46 @@ def test_the_same_study_at_any_scale_ends_at_the_same_learning_rate():
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_runs_go_by_cost_and_then_by_seed_with_all_methods_of_each(study):
+def test_runs_go_grid_by_grid_by_cost_and_then_by_seed_with_all_methods_of_each(study):
     runs = STUDIES[study].experiments()
     assert len({run.name for run in runs}) == len(runs)
-    assert [cost(run) for run in runs] == sorted(map(cost, runs))
-    for _, equal in groupby(runs, key=cost):
-        seeds = [(seed, len(list(runs))) for seed, runs in groupby(equal, key=lambda c: c.seed)]
-        assert [seed for seed, _ in seeds] == list(range(len(seeds)))
-        assert len({count for _, count in seeds}) == 1
+    for grid in STUDIES[study].grids:
+        part = runs[: len(grid.experiments(None))]
+        del runs[: len(part)]
+        assert [cost(run) for run in part] == sorted(map(cost, part))
+        for _, equal in groupby(part, key=cost):
+            seeds = [(seed, len(list(runs))) for seed, runs in groupby(equal, key=lambda c: c.seed)]
+            assert [seed for seed, _ in seeds] == list(range(len(seeds)))
+            assert len({count for _, count in seeds}) == 1
+    assert not runs
+
+
+def test_the_study_on_cifar100_is_what_its_plan_says():
+    runs = STUDIES["cifar100"].experiments()
+    assert [run.seed for run in runs[:12]] == [seed for seed in range(6) for _ in range(2)]
+    arms = Counter((run.optimizer, run.method, run.weight_decay) for run in runs)
+    assert arms == {
+        ("adamw", "none", 5e-5): 6,
+        ("adamw", "autoscale", 5e-5): 6,
+        ("adam", "none", 5e-4): 4,
+        ("adam", "autoscale", 5e-4): 4,
+        ("adam", "none", 1.05e-3): 4,
+        ("adam", "none", 2e-3): 4,
+        ("adamw", "scaling", 5e-5): 3,
+        ("adamw", "centering", 5e-5): 3,
+        ("adamw", "gradient_normalization", 5e-5): 2,
+        ("adamw", "gradient_centralization", 5e-5): 2,
+        ("adamw", "zscore", 5e-5): 2,
+    }
+    for run in runs:
+        assert (run.dataset, run.model, run.epochs) == ("cifar100", "resnet20", 20)
+        assert (run.batch_size, run.cutmix_probability, run.effect) == (256, 1.0, True)
+        assert run.decay_epochs == pytest.approx(3)
+
+
+def test_only_the_timing_study_goes_without_the_effect():
+    for name, study in STUDIES.items():
+        assert {run.effect for run in study.experiments()} == {name != "cpu"}
 
 
 def record(epoch: int, **changes) -> dict:
@@ -109,21 +141,18 @@ def test_a_file_that_is_no_record_is_named(text, tmp_path):
         studies.read(tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/*.jsonl")), ids=lambda p: p.stem)
-def test_committed_records_are_runs_of_their_study_and_say_what_was_migrated(path):
-    run = studies.read_run(path)
-    assert path.stem == run.experiment.name
-    assert run.experiment in STUDIES[path.parent.name].experiments()
-    assert config.parse(run.description["command"].split()[2:]).experiment == run.experiment
-    migrated = run.description.get("migrated", {})
-    if run.experiment.method == "none" and migrated:
-        assert migrated["method"] == "adamw"
-        command = migrated["command"].replace("--method=adamw", "--method=none")
-        assert command == run.description["command"]
-    if migrated and "name" in migrated:
-        parts = migrated["name"].split("-")
-        assert parts[0] == run.experiment.dataset
-        assert f"-{parts[2]}".replace("adamw", "none") in path.stem
+@pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "results").iterdir()))
+def test_committed_records_are_of_their_study_and_say_what_was_migrated(study):
+    planned = [same_results(experiment) for experiment in STUDIES[study].experiments()]
+    for name, run in studies.read(ROOT / "results" / study).items():
+        assert name == run.experiment.name
+        assert same_results(run.experiment) in planned
+        assert config.parse(run.description["command"].split()[2:]).experiment == run.experiment
+        migrated = run.description.get("migrated", {})
+        if "method" in migrated:
+            assert (migrated["method"], run.experiment.method) == ("adamw", "none")
+            command = migrated["command"].replace("--method=adamw", "--method=none")
+            assert command == run.description["command"]
 
 
 def test_every_experiment_of_a_study_is_valid():

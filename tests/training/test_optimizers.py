@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from training.config import Experiment
-from training.optimizers import METHODS, learning_rate_schedule, make_optimizer
+from training.optimizers import METHODS, OPTIMIZERS, graft, learning_rate_schedule, make_optimizer
 
 
 def updates_of(it: Experiment, grads, params, steps: int = 1):
@@ -107,6 +107,30 @@ def test_methods_act_on_the_gradient(method):
     plain = updates_of(Experiment(method="none", optimizer="sgd"), GRADS, PARAMS)
     treated = updates_of(Experiment(method=method, optimizer="sgd"), GRADS, PARAMS)
     assert np.abs(plain["kernel"] - treated["kernel"]).max() > 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_grafts_have_one_updates_direction_and_the_others_norm(optimizer):
+    updates = {
+        method: updates_of(Experiment(method=method, optimizer=optimizer), GRADS, PARAMS, steps=3)
+        for method in ("none", "autoscale", "autoscale_direction", "autoscale_norm")
+    }
+    flat = {name: np.concatenate([*map(np.ravel, tree.values())]) for name, tree in updates.items()}
+    norms = {name: np.linalg.norm(vector) for name, vector in flat.items()}
+    for name, direction, norm in [
+        ("autoscale_direction", "autoscale", "none"),
+        ("autoscale_norm", "none", "autoscale"),
+    ]:
+        expected = flat[direction] / norms[direction] * norms[norm]
+        np.testing.assert_allclose(flat[name], expected, rtol=1e-5, atol=1e-9)
+    if optimizer == "sgd":
+        assert norms["none"] > 1.5 * norms["autoscale"]
+
+
+def test_a_graft_onto_nothing_is_nothing():
+    tx = graft(optax.set_to_zero(), optax.sgd(0.1))
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert not any(np.any(leaf) for leaf in updates.values())
 
 
 def test_clip_bounds_the_norm_at_one():

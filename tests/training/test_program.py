@@ -1,5 +1,6 @@
 """The same program on one device and on eight, with and without split parameters."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -45,13 +46,13 @@ def mesh_of(count: int) -> Mesh:
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def run(count: int, *, fsdp: bool = False, steps: int = 6):
-    program = Program(EXPERIMENT, DATA, mesh_of(count), fsdp=fsdp)
+def run(count: int, *, fsdp: bool = False, steps: int = 6, experiment: Experiment = EXPERIMENT):
+    program = Program(experiment, DATA, mesh_of(count), fsdp=fsdp)
     state, history = program.first_state(), []
     for step in range(steps):
         order = program.epoch_order(np.int32(1 + step // program.steps_per_epoch))
         state, measured = program.train_step(state, order)
-        history.append([float(value) for value in measured[:2]])
+        history.append([float(v) for v in measured[:4] if v is not None])
     return program, state, np.array(history)
 
 
@@ -75,6 +76,19 @@ def test_eight_devices_equal_one(fsdp, alone):
     np.testing.assert_allclose(
         program.evaluate(state), reference.evaluate(reference_state), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["data parallel", "fsdp"])
+def test_the_effect_on_eight_devices_is_that_on_one(fsdp):
+    metered = dataclasses.replace(EXPERIMENT, effect=True)
+    results = []
+    for count in (1, 8):
+        program, state, history = run(count, fsdp=fsdp, experiment=metered)
+        results.append((history, program.epoch_means(state)))
+    (history, means), (expected_history, expected) = results
+    np.testing.assert_allclose(history, expected_history, rtol=1e-4)
+    for name in ("update_norm_ratio", "update_cosine"):
+        assert means[name] == pytest.approx(expected[name], rel=1e-4)
 
 
 def test_fsdp_splits_parameters_and_optimizer_state():

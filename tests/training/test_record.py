@@ -17,6 +17,9 @@ GOOD: Record = {
     "scale_factor": 0.75,
     "exponent": 2,
     "layer_std": {"stem": 0.1},
+    "update_norm_ratio": 0.9,
+    "update_cosine": 0.99,
+    "update_norm_ratio_by_step": [1.0, 0.9],
     "images_per_second": 640.0,
     "seconds": 1.0,
 }
@@ -39,7 +42,7 @@ def test_what_was_written_is_read(tmp_path):
         ({"train_loss": None}, "train_loss is None, not a finite number"),
         ({"seconds": True}, "seconds is True, not a finite number"),
         ({"global_std": "1"}, "global_std is '1', not a finite number"),
-        ({"layer_std": {"stem": float("inf")}}, "layer_std of stem is inf, not a finite number"),
+        ({"layer_std": {"stem": float("inf")}}, "layer_std['stem'] is inf, not a finite number"),
         ({"colour": 1}, "unknown: colour"),
     ],
 )
@@ -48,6 +51,14 @@ def test_what_is_wrong_is_named_with_file_and_epoch(change, message, tmp_path):
     with pytest.raises(RecordError) as caught:
         parse_records(lines, tmp_path / "metrics.jsonl")
     assert str(caught.value) == f"{tmp_path / 'metrics.jsonl'} is damaged: epoch 2: {message}"
+
+
+def test_keys_that_came_later_read_as_none(tmp_path):
+    old = {key: value for key, value in GOOD.items() if not key.startswith("update_")}
+    (record,) = parse_records([json.dumps(old)], tmp_path / "metrics.jsonl")
+    later = ("update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
+    assert record == old | dict.fromkeys(later)
+    assert list(record) == list(Record.__annotations__)
 
 
 def test_missing_keys_and_torn_lines_are_named(tmp_path):

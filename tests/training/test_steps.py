@@ -50,7 +50,7 @@ def compiled(it: Experiment):
     """The state before the first step, and the compiled step."""
     model = make_model(it)
     schedule = learning_rate_schedule(it.learning_rate, it.decay_epochs, 0, STEPS)
-    tx = make_optimizer(it.method, it.optimizer, schedule, it.weight_decay)
+    tx = make_optimizer(it.method, it.optimizer, schedule, it.weight_decay, effect=it.effect)
     alone = SingleDeviceSharding(jax.devices()[0])
     train_step = jax.jit(steps.make_train_step(model, tx, it, DATA, alone, LAYERS))
     return steps.init_state(model, tx, it.seed, LAYERS, STEPS), train_step
@@ -65,7 +65,7 @@ def run(it: Experiment = EXPERIMENT, epochs: int = 1):
         order = steps.epoch_order(it.seed, jnp.int32(epoch), NUM_TRAIN)
         for _ in range(STEPS):
             state, measured = train_step(state, IMAGES, DATA.train_labels, order)
-            history.append(tuple(map(float, measured[:2])))
+            history.append(tuple(map(float, (measured.loss, measured.global_std))))
     return state, np.array(history)
 
 
@@ -92,6 +92,55 @@ def test_recorded_statistics_are_means_over_the_epochs_steps():
         means["scale_factor"], (ratios[STEPS:] ** (means["exponent"] / 2)).mean(), rtol=1e-4
     )
     assert int(state.step) == 2 * STEPS
+
+
+def updates_by_step(it: Experiment, epochs: int) -> list[np.ndarray]:
+    """What each step changed, all parameters in one vector."""
+    state, train_step = compiled(it)
+    updates = []
+    for epoch in range(1, epochs + 1):
+        order = steps.epoch_order(it.seed, jnp.int32(epoch), NUM_TRAIN)
+        for _ in range(STEPS):
+            before = state.params
+            state, _ = train_step(state, IMAGES, DATA.train_labels, order)
+            change = jax.tree.map(lambda new, old: oracle.float64(new - old), state.params, before)
+            updates.append(np.concatenate([*map(np.ravel, jax.tree.leaves(change))]))
+    return updates
+
+
+def test_the_effect_of_the_first_step_is_that_of_two_runs():
+    """Both runs start from the same parameters and see the same batch."""
+    it = dataclasses.replace(EXPERIMENT, optimizer="sgd", learning_rate=1.0, effect=True)
+    state, train_step = compiled(it)
+    order = steps.epoch_order(it.seed, jnp.int32(1), NUM_TRAIN)
+    _, measured = train_step(state, IMAGES, DATA.train_labels, order)
+    ours = updates_by_step(it, 1)[0]
+    plain = updates_by_step(dataclasses.replace(it, method="none"), 1)[0]
+    assert float(measured.norm_ratio) == pytest.approx(
+        np.linalg.norm(ours) / np.linalg.norm(plain), rel=1e-4
+    )
+
+
+def test_the_recorded_effect_is_that_of_the_epochs_sums():
+    it = dataclasses.replace(EXPERIMENT, effect=True)
+    first, _ = run(it)
+    state, history = run(it, epochs=2)
+    means = [steps.epoch_means(s, LAYERS, STEPS) for s in (first, state)]
+    by_step = means[0]["update_norm_ratio_by_step"]
+    assert len(by_step) == STEPS
+    assert min(by_step) <= means[0]["update_norm_ratio"] <= max(by_step)
+    assert means[1]["update_norm_ratio_by_step"] is None
+    assert 0.3 < means[1]["update_norm_ratio"] < 1.5
+    assert 0.9 < means[1]["update_cosine"] < 1
+    np.testing.assert_array_equal(history, run(epochs=2)[1])  # training is what it was
+
+
+def test_no_method_has_no_effect():
+    state, _ = run(dataclasses.replace(EXPERIMENT, method="none", effect=True))
+    means = steps.epoch_means(state, LAYERS, STEPS)
+    assert (means["update_norm_ratio"], means["update_cosine"]) == (1.0, 1.0)
+    assert means["update_norm_ratio_by_step"] == [1.0] * STEPS
+    assert steps.epoch_means(run()[0], LAYERS, STEPS)["update_norm_ratio"] is None
 
 
 # All pixels 0, as the padding is: a crop changes nothing.
