@@ -232,7 +232,7 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
     default = dataclasses.asdict(recipe(experiment.dataset, experiment.optimizer))
     options = dataclasses.asdict(experiment)
     arguments = [
-        f"{option(key)}={value}"
+        option(key) if value is True else f"{option(key)}={value}"
         for key, value in options.items()
         if key in ("dataset", "optimizer") or value != default[key]
     ]

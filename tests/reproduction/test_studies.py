@@ -92,6 +92,9 @@ def record(epoch: int, **changes) -> dict:
         "scale_factor": None,
         "exponent": None,
         "layer_std": {"stem": 0.1},
+        "update_norm_ratio": None,
+        "update_cosine": None,
+        "update_norm_ratio_by_step": None,
         "images_per_second": 640.0,
         "seconds": 1.0,
     } | changes
