@@ -8,12 +8,12 @@ from optax_autoscale._autoscale import (
     center_layers,
     scale_by_global_std,
 )
-from optax_autoscale._moments import default_layer_axes, global_std, layer_std
-from optax_autoscale._rivals import (
+from optax_autoscale._baselines import (
     gradient_centralization,
     gradient_normalization,
     zscore_normalization,
 )
+from optax_autoscale._moments import default_layer_axes, global_std, layer_std
 
 __version__ = _version("optax-autoscale")
 

@@ -24,7 +24,7 @@ LIBRARY = {
     "optax_autoscale/__main__.py",
     "optax_autoscale/_autoscale.py",
     "optax_autoscale/_moments.py",
-    "optax_autoscale/_rivals.py",
+    "optax_autoscale/_baselines.py",
     "optax_autoscale/py.typed",
 }
 METADATA = {

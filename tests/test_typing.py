@@ -52,7 +52,7 @@ def test_in_front_of_an_optimizer():
     assert float(optax.tree.get(state, "scale_factor")) > 0
 
 
-def test_the_rivals():
+def test_the_baselines():
     assert_type(gradient_centralization(), optax.GradientTransformation)
     assert_type(gradient_normalization(2.0), optax.GradientTransformation)
     assert_type(zscore_normalization(layer_axes=only_kernels), optax.GradientTransformation)
