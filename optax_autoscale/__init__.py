@@ -13,7 +13,7 @@ from optax_autoscale._baselines import (
     gradient_normalization,
     zscore_normalization,
 )
-from optax_autoscale._moments import default_layer_axes, global_std, layer_std
+from optax_autoscale._moments import default_layer_axes, exclude, global_std, layer_std
 
 __version__ = _version("optax-autoscale")
 
@@ -22,6 +22,7 @@ __all__ = [
     "autoscale",
     "center_layers",
     "default_layer_axes",
+    "exclude",
     "global_std",
     "gradient_centralization",
     "gradient_normalization",

@@ -36,9 +36,9 @@ def only_kernels(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...] | No
 
 
 def test_the_method_and_its_halves():
-    tx = autoscale(1e-8, max_scale=1.0, layer_axes=only_kernels, axis_name=None)
+    tx = autoscale(eps=1e-8, max_scale=1.0, layer_axes=only_kernels, axis_name=None)
     assert_type(tx, optax.GradientTransformationExtraArgs)
-    autoscale(jnp.float32(1e-8), max_scale=jnp.float32(1.0))
+    autoscale(eps=jnp.float32(1e-8), max_scale=jnp.float32(1.0))
     autoscale(axis_name="model")
     autoscale(axis_name=("data", "model"))
     assert_type(scale_by_global_std(max_scale=1.0), optax.GradientTransformationExtraArgs)
@@ -54,7 +54,7 @@ def test_in_front_of_an_optimizer():
 
 def test_the_baselines():
     assert_type(gradient_centralization(), optax.GradientTransformation)
-    assert_type(gradient_normalization(2.0), optax.GradientTransformation)
+    assert_type(gradient_normalization(alpha=2.0), optax.GradientTransformation)
     assert_type(zscore_normalization(layer_axes=only_kernels), optax.GradientTransformation)
     methods = [autoscale, gradient_centralization, gradient_normalization, zscore_normalization]
     for method in methods:

@@ -179,10 +179,3 @@ def test_what_multiplies_the_gradient_in_front_changes_the_factor():
         np.testing.assert_allclose(
             optax.tree.get(state, "scale_factor"), (4 / np.log(s)) ** 2, rtol=1e-4
         )
-
-
-def test_inject_hyperparams_needs_layer_axes_to_be_static():
-    """It takes a callable for a schedule, and calls it with the step."""
-    grads = {"w": X}
-    with pytest.raises(TypeError, match="default_layer_axes"):
-        optax.inject_hyperparams(autoscale)().init(grads)
