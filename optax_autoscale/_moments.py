@@ -176,9 +176,9 @@ def centered_moments(
         tree_moments(tree, layer_axes, axis_name),
         is_leaf=lambda node: isinstance(node, Moments),
     )
-    # Without the barrier XLA may merge the second sums of a leaf with the first ones of the next: a
-    # sharded tree then takes one all-reduce for each leaf instead of two in all. On a CPU it does so
-    # all the same, since that backend removes barriers before it merges.
+    # Without the barrier XLA may merge the second sums of a leaf with the first ones of the next:
+    # one all-reduce for each leaf of a sharded tree, not two in all. On a CPU it does so all the
+    # same, as that backend removes barriers before it merges.
     means = jax.lax.optimization_barrier(means)
     return means, tree_moments(tree, layer_axes, axis_name, means)
 

@@ -16,6 +16,7 @@ from optax_autoscale import (
     autoscale,
     center_layers,
     default_layer_axes,
+    exclude,
     global_std,
     gradient_centralization,
     gradient_normalization,
@@ -40,6 +41,9 @@ def test_the_method_and_its_halves():
     assert_type(tx, optax.GradientTransformationExtraArgs)
     autoscale(eps=jnp.float32(1e-8), max_scale=jnp.float32(1.0))
     autoscale(axis_name="model")
+    autoscale(layer_axes=exclude("embedding", "positions"))
+    autoscale(layer_axes=lambda path, leaf: [0, 1] if leaf.ndim == 2 else None)
+    autoscale(layer_axes=None)
     autoscale(axis_name=("data", "model"))
     assert_type(scale_by_global_std(max_scale=1.0), optax.GradientTransformationExtraArgs)
     assert_type(center_layers(layer_axes=only_kernels), optax.GradientTransformation)
