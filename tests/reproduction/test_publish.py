@@ -46,10 +46,12 @@ def record(epoch: int, **changes: object) -> dict[str, object]:
     } | changes
 
 
-def make_run(folder: Path, records: list[dict[str, object]]) -> None:
+def make_run(
+    folder: Path, records: list[dict[str, object]], about: dict[str, object] = ABOUT
+) -> None:
     """What a run leaves behind."""
     folder.mkdir(parents=True)
-    config.save(folder, EXPERIMENT, Launch(), **ABOUT)
+    config.save(folder, EXPERIMENT, Launch(), **about)
     lines = [json.dumps(line) + "\n" for line in records]
     (folder / "metrics.jsonl").write_text("".join(lines))
 
