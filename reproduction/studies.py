@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from models import MODELS
-from training.config import Experiment, option, recipe
+from training.config import Experiment, experiment_of, option, recipe
 from training.data import DATASETS
 from training.record import SCHEMA, Record, RecordError, parse_records, read_records
 
@@ -192,8 +192,7 @@ def read_run(path: Path) -> Run:
         description = json.loads(first)
         if description["schema"] != SCHEMA:
             raise ValueError(f"its schema is {description['schema']}, not {SCHEMA}")
-        experiment = Experiment(**description.pop("config"))
-        experiment.validate()
+        experiment = experiment_of(description.pop("config"))
         records = parse_records(lines, path)
         if len(records) != experiment.epochs and not description["diverged"]:
             raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import importlib
 import json
 import os
@@ -24,8 +23,10 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
 from training import config, plots
+from training.checkpoints import CheckpointError, first_line, is_full
 from training.config import Experiment, Launch, run_folder
 from training.data import DATASETS, Dataset
+from training.open_folder import OpenFolder
 from training.optimizers import METHODS, OPTIMIZERS
 from training.provenance import environment
 from training.record import SCHEMA, Record
@@ -65,15 +66,22 @@ class RunFolder:
             raise ValueError(
                 "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
             )
-        if not launch.resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not launch.resume and path.exists() and not _is_empty(path):
             raise FileExistsError(
                 f"{path} exists already and is left as it is; "
                 "resume it with --resume, give another folder with --out, or remove it"
             )
+        for each in (path, *path.parents):
+            if each.is_symlink() and not each.exists():
+                raise FileNotFoundError(
+                    f"{each} is a link to {os.readlink(each)}, which does not exist; create that, "
+                    "remove the link, or give another folder with --out"
+                )
         with _explained(path):
             path.mkdir(parents=True, exist_ok=True)
             if not launch.resume:
                 self._save_config()
+        self._opened = OpenFolder(path)
 
     def begin(self, epochs: int) -> None:
         """Opens the records, and keeps the first `epochs` of those that are there."""
@@ -113,6 +121,7 @@ class RunFolder:
 
     def write(self, record: Record, layers: dict[str, np.ndarray]) -> None:
         """Adds an epoch to all records, and histograms of `layers` to TensorBoard's."""
+        self._opened.check()
         path = self.path / "metrics.jsonl"
         line = json.dumps({name: record[name] for name in Record.__annotations__}) + "\n"
         with _explained(path), open(path, "a") as file:
@@ -144,9 +153,10 @@ class RunFolder:
                 self._tensorboard.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
-            if self.records:
+            if self.records and self._opened.is_there():
                 plots.plot_curves(self.records, self._title, self.path / "curves.png")
                 plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
+        self._opened.close()
 
     @property
     def _title(self) -> str:
@@ -159,6 +169,11 @@ class RunFolder:
         config.save(self.path, self._experiment, self._launch, **self._description)
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether nothing is in a folder but what a run leaves that was ended before it began."""
+    return path.is_dir() and all(each.name == "config.part" for each in path.iterdir())
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Says of an error of the operating system where it happened, and what may help."""
@@ -167,16 +182,26 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = (
             "make room and resume with --resume"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if is_full(error)
             else "choose another folder with --out"
         )
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
 def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
-    """Saves what a run ended with to `parameters/`; every process of a run takes part."""
-    state = nnx.merge_state(params, batch_stats)
-    ocp.save(str(folder.absolute() / "parameters"), state, overwrite=True)
+    """Saves what a run ended with to `parameters/`; every process of a run takes part.
+
+    Raises:
+      CheckpointError: if they cannot be written.
+    """
+    path, state = folder / "parameters", nnx.merge_state(params, batch_stats)
+    try:
+        ocp.save(str(path.absolute()), state, overwrite=True)
+    except Exception as error:
+        remedy = "make room and resume" if is_full(error) else "resume"
+        raise CheckpointError(
+            f"{path} could not be written ({first_line(error)}); {remedy} with --resume"
+        ) from error
 
 
 def load_model(folder: str | os.PathLike[str]) -> nnx.Module:
