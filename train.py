@@ -42,6 +42,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     Raises:
       ValueError: for an impossible option, or data that is unavailable.
       OSError: if the folder is in use, or cannot be written.
+      RecordError: if records of epochs before the checkpoint are missing or damaged.
       CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
       Interrupted: after a signal to stop, once a checkpoint is written.
@@ -59,9 +60,12 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     )
     mesh = devices.make_mesh()
     program = Program(experiment, dataset, mesh, fsdp=launch.fsdp)
-    folder = devices.on_first_process(lambda: RunFolder(experiment, launch, dataset))
 
     with contextlib.ExitStack() as stack:
+        # Before the checkpoints, whose clean-up removes what another process is writing there.
+        folder = devices.on_first_process(
+            lambda: stack.enter_context(RunFolder(experiment, launch, dataset))
+        )
         display = stack.enter_context(
             Display(
                 experiment,
@@ -80,9 +84,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 f"--epochs is {experiment.epochs}, and the run in {path} has done "
                 f"{done / program.steps_per_epoch:.3g} already; give as many or more"
             )
-        if folder:
-            folder.begin(done // program.steps_per_epoch)
-            stack.enter_context(folder)
+        finished = done // program.steps_per_epoch
+        devices.on_first_process(lambda: folder and folder.begin(finished, display.say))
         display.say(f"{path}: {describe(mesh)}, compiling ...")
         if not done:  # shows at once whether the folder can hold checkpoints
             checkpoints.save(0, state)
@@ -91,7 +94,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
 
         requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
         stack.enter_context(devices.ending_together())
-        for epoch in range(done // program.steps_per_epoch + 1, experiment.epochs + 1):
+        for epoch in range(finished + 1, experiment.epochs + 1):
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
             in_flight: deque[tuple[int, Measured, Any]] = deque()

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reproduction.files import replacing
 from reproduction.groups import Group
 from reproduction.studies import Run
 from training.optimizers import METHODS, method_label
@@ -55,8 +56,10 @@ def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str]]:
                 size = (1 + 3.2 * max(len(shown), 1.5), 0.6 + 2.4 * rows)
                 figure = Figure(figsize=size, layout="constrained")
                 picture(figure, shown)
-                figure.savefig(folder / f"{name}.png")
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                with replacing(folder / f"{name}.png") as part:
+                    figure.savefig(part, format="png")
+                with replacing(folder / f"{name}.svg") as part:
+                    figure.savefig(part, format="svg", metadata={"Date": None})
             drawn.append((name, caption))
     return drawn
 

@@ -11,6 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 
 from reproduction import figures
+from reproduction.files import replacing
 from reproduction.groups import Group, group
 from reproduction.studies import PAPER_ACCURACY, STUDIES, Run, read
 from training.data import DATASETS
@@ -69,7 +70,8 @@ def write_report(preset: str, folder: Path) -> None:
             for name, caption in pictures
         ]
         sections.append("\n\n".join(["## Figures", *shown]))
-    (folder / "REPORT.md").write_text("\n\n".join(sections) + "\n")
+    with replacing(folder / "REPORT.md") as part:
+        part.write_text("\n\n".join(sections) + "\n")
 
 
 def compare(groups: Sequence[Group]) -> list[Comparison]:
