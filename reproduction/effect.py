@@ -1,7 +1,7 @@
 """What each method does to AdamW's steps, all of them on the gradients of the same runs.
 
-AdamW alone trains ResNet-20 with the recipe for CIFAR-100. Every method, followed by an AdamW of its
-own, gets the gradients of that run, and `measure_effect` compares its updates with AdamW's.
+AdamW alone trains ResNet-20 with the recipe for CIFAR-100. Every method, followed by an AdamW of
+its own, gets the gradients of that run, and `measure_effect` compares its updates with AdamW's.
 
     python -m reproduction.effect --data-dir ~/tensorflow_datasets
     python -m reproduction.effect --report    # the table and the figure, from the records alone
@@ -139,7 +139,8 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
       Of each step its number from 1, the seconds so far, the loss, s_t, and by method a_t and the
       ratio of norms and cosine of the update that `measure_effect` gives.
     """
-    program = Program(experiment, dataset, devices.make_mesh())
+    mesh = devices.make_mesh()
+    program, everywhere = Program(experiment, dataset, mesh), devices.replicated(mesh)
     schedule = learning_rate_schedule(
         experiment.learning_rate,
         experiment.decay_epochs,
@@ -148,7 +149,7 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     )
     decay = experiment.weight_decay
     plain = OPTIMIZERS[experiment.optimizer].make(schedule, decay)
-    meters = {
+    meters: dict[str, Any] = {
         method: make_optimizer(method, experiment.optimizer, schedule, decay, effect=True)
         for method in COMPARED
     } | {
@@ -156,7 +157,11 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
         OTHER_BATCH: measure_effect(on_another_batch(plain), plain),
     }
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, out_shardings=everywhere)
+    def first_effects(params: nnx.State) -> dict[str, Any]:
+        return {name: meter.init(params) for name, meter in meters.items()}
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def compare(effects: Any, params: nnx.State, grads: nnx.State, others: nnx.State) -> Any:
         effects = {
             name: meter.update(grads, effects[name], params, other_grads=others)[1]
@@ -170,7 +175,7 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
 
     start = time.perf_counter()
     state = program.first_state()
-    effects = {name: meter.init(state.params) for name, meter in meters.items()}
+    effects = first_effects(state.params)
     for step in range(steps):
         epoch = 1 + step // program.steps_per_epoch
         # The step gives its gradients, but reuses the memory of the state: so it gets a copy. The
@@ -195,9 +200,9 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
 def on_other_batches(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`tx` on the gradients in the extra argument `other_grads`, in place of its own."""
 
-    def update(updates: Any, state: Any, params: Any = None, *, other_grads: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del updates
-        return tx.update(other_grads, state, params)
+        return tx.update(extra_args["other_grads"], state, params)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -205,8 +210,8 @@ def on_other_batches(tx: optax.GradientTransformation) -> optax.GradientTransfor
 def on_another_batch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The step of `tx` on `other_grads`, with the state that its own gradients have led to."""
 
-    def update(updates: Any, state: Any, params: Any = None, *, other_grads: Any) -> Any:
-        other_updates, _ = tx.update(other_grads, state, params)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        other_updates, _ = tx.update(extra_args["other_grads"], state, params)
         return other_updates, tx.update(updates, state, params)[1]
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
@@ -220,8 +225,8 @@ def closed_form(global_std: np.ndarray, scale_factor: np.ndarray) -> np.ndarray:
       scale_factor: a_t, of the same shape.
 
     Returns:
-      EMA(a) / sqrt(EMA(a^2 s^2) / EMA(s^2)), of the same shape, where the first mean has Adam's first
-      decay and the others its second, all with bias correction.
+      EMA(a) / sqrt(EMA(a^2 s^2) / EMA(s^2)), of the same shape, where the first mean has Adam's
+      first decay and the others its second, all with bias correction.
     """
     squares = global_std**2
     return moving_average(scale_factor, 0.9) / np.sqrt(
