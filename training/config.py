@@ -172,7 +172,10 @@ class Launch:
 
 
 class Options(NamedTuple):
-    """Trains one model with one gradient method, and records what its gradients do."""
+    """Trains one model with one gradient method, and records what its gradients do.
+
+    For CIFAR the defaults are the paper's recipe, as we read it: see docs/readings.md.
+    """
 
     experiment: Experiment = Experiment()
     launch: Launch = Launch()
@@ -191,7 +194,11 @@ def run_folder(experiment: Experiment, launch: Launch) -> Path:
 
 
 def recipe(dataset: DatasetName = "digits", optimizer: OptimizerName = "adamw") -> Experiment:
-    """The defaults: for CIFAR the paper's (section 5), for digits what takes a minute on a CPU."""
+    """The defaults: for CIFAR the paper's recipe, for digits what takes a minute on a CPU.
+
+    The recipe is that of section 5 as we read it. `docs/readings.md`, *What the paper leaves to the
+    reader*, has the other readings and how to try each.
+    """
     experiment = Experiment(
         dataset, optimizer=optimizer, learning_rate=OPTIMIZERS[optimizer].learning_rate
     )

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("recipes.md", "behaviour.md")
+PAGES = ("recipes.md", "behaviour.md", "effect.md", "readings.md")
 OPTIONAL = ("equinox", "flax", "haiku", "orbax")
 
 
