@@ -181,6 +181,8 @@ class Options(NamedTuple):
     launch: Launch = Launch()
 
 
+# Options that experiments written by an earlier version may lack.
+LATER = ("warmup_epochs", "tag", "effect")
 CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind)
     for name, kind in get_type_hints(Experiment).items()
@@ -278,7 +280,7 @@ def experiment_of(options: Any) -> Experiment:
       options: what `dataclasses.asdict` made of it, after JSON.
 
     Returns:
-      The experiment.
+      The experiment; options that came later than it have their defaults.
 
     Raises:
       ValueError: if an option is missing, unknown, of the wrong type or impossible.
@@ -288,6 +290,7 @@ def experiment_of(options: Any) -> Experiment:
         raise ValueError("no options are in it")
     if unknown := [name for name in options if name not in kinds]:
         raise ValueError(f"there is no option {', '.join(unknown)}")
+    options = {name: getattr(Experiment(), name) for name in LATER} | options
     if missing := [name for name in kinds if name not in options]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     for name, kind in kinds.items():

@@ -227,4 +227,4 @@ def test_the_last_report_of_several_processes_tells_of_all_runs(study, monkeypat
     monkeypatch.setattr(reproduce, "write_report", write_slowly)
     study("--report")
     assert "holds the report of 2 runs" in capsys.readouterr().out
-    assert "2 runs; the study has 2" in (results / "REPORT.md").read_text()
+    assert "All 2 planned runs" in (results / "REPORT.md").read_text()

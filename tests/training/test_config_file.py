@@ -110,3 +110,10 @@ def test_auto_resume(folder, tmp_path):
     options = parse(["--auto-resume", "--out", str(tmp_path / "none")])
     assert not options.launch.resume
     assert options.experiment == Experiment()
+
+
+def test_options_that_came_later_have_their_defaults(tmp_path):
+    options = dataclasses.asdict(Experiment())
+    for name in ("warmup_epochs", "tag", "effect"):
+        del options[name]
+    assert config.experiment_of(options) == Experiment()
