@@ -144,7 +144,7 @@ def test_a_file_that_is_no_record_is_named(text, tmp_path):
         studies.read(tmp_path)
 
 
-@pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "results").iterdir()))
+@pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "results").glob("*/")))
 def test_committed_records_are_of_their_study_and_say_what_was_migrated(study):
     planned = [same_results(experiment) for experiment in STUDIES[study].experiments()]
     for name, run in studies.read(ROOT / "results" / study).items():
