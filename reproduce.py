@@ -20,6 +20,7 @@ import tyro
 from reproduction import studies
 from reproduction.report import write_report
 from reproduction.studies import STUDIES, Run
+from reproduction.verdict import write_verdict
 from train import NotFinite, train
 from training import cpu, output
 from training.checkpoints import CheckpointError
@@ -58,7 +59,7 @@ class Options:
     dry_run: bool = False
     """Show the runs, which of them are done, and how long the rest may take."""
     report: bool = False
-    """Only write the report, from the records alone."""
+    """Only write the report, and the verdict over all studies, from the records alone."""
 
 
 class Stopped(BaseException):
@@ -120,6 +121,7 @@ def reproduce(options: Options) -> None:
     while (there := len(list(folder.glob("*.jsonl")))) != count:
         count = there
         write_report(options.preset, folder)
+    write_verdict(options.results)
     print(f"{folder / 'REPORT.md'} holds the report of {count} runs")
 
 

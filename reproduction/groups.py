@@ -50,8 +50,14 @@ class Group(NamedTuple):
     dataset: str
     model: str
     optimizer: str
+    epochs: int
     # By method; where a weight decay is not the group's first, as in "none x2.1".
     arms: dict[str, Arm]
+
+    @property
+    def scale(self) -> str:
+        """Data set and number of epochs."""
+        return f"{DATASETS[self.dataset].label}, {self.epochs} epochs"
 
     @property
     def shown(self) -> dict[str, Arm]:
@@ -83,7 +89,7 @@ def group(study: Study, runs: Iterable[Run]) -> list[Group]:
         if key not in groups:
             title = f"{MODELS[it.model].label} on {DATASETS[it.dataset].label}"
             title += f", {OPTIMIZERS[it.optimizer].label}"
-            groups[key] = Group(title, it.dataset, it.model, it.optimizer, {})
+            groups[key] = Group(title, it.dataset, it.model, it.optimizer, it.epochs, {})
             first[key] = it.weight_decay
         arms = groups[key].arms
         name, label, line = (
@@ -104,12 +110,12 @@ def group(study: Study, runs: Iterable[Run]) -> list[Group]:
     for run in sorted(runs, key=lambda run: run.experiment.seed):
         arm(run.experiment).runs[run.experiment.seed] = run
 
-    models, methods = list(MODELS), list(METHODS)
-    return [
-        groups[key]._replace(
-            arms=dict(
-                sorted(groups[key].arms.items(), key=lambda item: methods.index(item[1].method))
-            )
-        )
-        for key in sorted(groups, key=lambda key: (*key[:2], models.index(key[2])))
-    ]
+    methods, models, optimizers = list(METHODS), list(MODELS), list(OPTIMIZERS)
+
+    def place(each: Group) -> tuple[str, int, int]:
+        return each.dataset, optimizers.index(each.optimizer), models.index(each.model)
+
+    for key, each in groups.items():
+        order = sorted(each.arms.items(), key=lambda item: methods.index(item[1].method))
+        groups[key] = each._replace(arms=dict(order))
+    return sorted(groups.values(), key=place)

@@ -202,15 +202,20 @@ class Welch(NamedTuple):
 def welch(accuracies: Accuracies, method: str, baseline: str) -> Welch:
     """Welch's test over all runs that finished; NaN with fewer than two on a side."""
     finished = _finished(accuracies)
-    ours, others = (
+    samples = [
         np.array([value for (arm, _), value in finished.items() if arm == name])
         for name in (method, baseline)
-    )
-    if min(len(ours), len(others)) < 2 or ours.std() + others.std() < RESOLUTION:
+    ]
+    if min(map(len, samples)) < 2 or sum(values.std() for values in samples) < RESOLUTION:
         return Welch(math.nan, math.nan, math.nan, math.nan)
-    test: Any = stats.ttest_ind(ours, others, equal_var=False)
-    interval = test.confidence_interval(1 - ALPHA)
-    return Welch(ours.mean() - others.mean(), interval.low, interval.high, float(test.pvalue))
+    # By hand, as SciPy warns of a sample whose values are all the same.
+    squares = [values.var(ddof=1) / len(values) for values in samples]
+    df = sum(squares) ** 2 / sum(
+        square**2 / (len(values) - 1) for square, values in zip(squares, samples, strict=True)
+    )
+    difference, error = float(samples[0].mean() - samples[1].mean()), math.sqrt(sum(squares))
+    estimate = Estimate(difference, error, float(df), math.nan, sum(map(len, samples)))
+    return Welch(difference, *estimate.interval(), estimate.p_value)
 
 
 class Comparison(NamedTuple):

@@ -227,7 +227,8 @@ def conclusion(kind: Kind, contrasts: Sequence[Contrast]) -> str:
     claimed = [
         f"{each.labels[0]} {side(each)} {each.labels[1]}" for each in tested if each.significant
     ]
-    sentences = ["No significant difference."]
+    diverged = [each for each in tested if any(each.comparison.diverged)]
+    sentences = ["No significant difference" + (" where all runs finished." if diverged else ".")]
     if claimed:
         sentences = [f"**Significant: {'; '.join(claimed)}.**"]
     if close := [" and ".join(each.labels) for each in tested if each.equivalent]:
@@ -235,8 +236,7 @@ def conclusion(kind: Kind, contrasts: Sequence[Contrast]) -> str:
         sentences.append(f"Equivalent within {margin}: {'; '.join(close)}.")
     sentences += [
         inference.in_words(each.comparison, *each.labels, corrected=each.corrected)
-        for each in tested
-        if any(each.comparison.diverged)
+        for each in diverged
     ]
     return " ".join(sentences)
 
@@ -273,22 +273,16 @@ def effect_section(groups: Sequence[Group]) -> str:
     """How the methods' updates differ from the plain optimizer's."""
     parts = []
     for each in groups:
-        rows = []
-        for arm in measured(each):
-            ratio, cosine = (
-                np.mean(figures.values(arm.finished, name), axis=0)
-                for name in ("update_norm_ratio", "update_cosine")
-            )
-            unexplained = np.mean(1 - figures.values(arm.finished, "update_cosine") ** 2, axis=0)
-            rows.append(
-                [
-                    arm.label,
-                    *(
-                        f"{values[0]:.3f}, {values[-1]:.3f}, {values.mean():.3f}"
-                        for values in (ratio, cosine, unexplained)
-                    ),
-                ]
-            )
+        rows = [
+            [
+                arm.label,
+                *(
+                    f"{values[0]:.3f}, {values[-1]:.3f}, {values.mean():.3f}"
+                    for values in effect(arm)
+                ),
+            ]
+            for arm in measured(each)
+        ]
         if rows:
             header = ["method", "ratio of norms", "cosine", "1 - cosine²"]
             parts.append(f"**{each.title}**\n\n{markdown.table(header, rows)}")
@@ -301,6 +295,13 @@ def effect_section(groups: Sequence[Group]) -> str:
         "the weight decay."
     )
     return "\n\n".join([intro, *parts])
+
+
+def effect(arm: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By epoch, means over seeds: ratio of norms, cosine, and 1 - cosine²."""
+    ratios = figures.values(arm.finished, "update_norm_ratio")
+    cosines = figures.values(arm.finished, "update_cosine")
+    return ratios.mean(0), cosines.mean(0), (1 - cosines**2).mean(0)
 
 
 def measured(each: Group) -> list[Arm]:
