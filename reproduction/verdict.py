@@ -101,7 +101,7 @@ class Claim(NamedTuple):
         """What the verdict is from, and what fewer runs at a larger scale show."""
         judged = self.judged
         nearer = BY_SCALE[: BY_SCALE.index(judged[0].study)] if judged else BY_SCALE
-        others = [it for it in self.evidence if it.study in nearer and it not in judged]
+        others = [it for it in self.evidence if it.study in nearer and it.verdict == "not tested"]
         parts = []
         for evidence, note in ((judged, ""), (others, "; not judged")):
             for scale in dict.fromkeys(it.scale for it in evidence):
@@ -276,7 +276,7 @@ def bound(arms: Sequence[Arm], alpha: float) -> Finding:
     series = [[record["scale_factor"] for record in run.records] for run in arms[0].runs.values()]
     if not (recorded := [value for run in series for value in run if value is not None]):
         return NOTHING
-    brief = f"{max(recorded):.2f}"
+    brief = f"{max(recorded):.4g}"
     return Finding(f"at most {brief}", brief, inference.verdict_on_bound(series))
 
 
@@ -496,7 +496,8 @@ def block(groups: Groups, prefix: str) -> str:
 def helps(groups: Groups) -> str:
     """Whether accuracies are better, by the nearest to the paper's scale that can say so."""
     cell = next(it for it in cells(groups) if (it.model, it.method) == ("resnet20", "autoscale"))
-    if cell.contrast and cell.verdict != "not tested":
+    diverged = cell.contrast and any(cell.contrast.comparison.diverged)
+    if cell.contrast and (cell.verdict != "not tested" or diverged):
         tested = inference.in_words(cell.contrast.comparison, *cell.contrast.labels)
         return f"ResNet-20 on {cell.contrast.group.scale}: {tested}"
     small = [
@@ -607,7 +608,7 @@ def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
         x, y = zip(*paper, strict=True)
         axes.plot(x, y, "D", color="black", fillstyle="none", label="the paper: CIFAR-100, one run")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("test accuracy, Autoscale minus the plain optimizer, points")
     if rows:
