@@ -22,9 +22,9 @@ from reproduction.report import write_report
 from reproduction.studies import STUDIES, Run
 from reproduction.verdict import write_verdict
 from train import NotFinite, train
-from training import cpu
+from training import cpu, output
 from training.checkpoints import CheckpointError
-from training.config import Experiment, Launch
+from training.config import Experiment, Launch, check_path
 from training.interruption import Interrupted
 from training.lock import InUse, lock
 from training.record import read_records
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 else:
     Preset = Literal[tuple(STUDIES)]
 
+MAX_HOURS = int(threading.TIMEOUT_MAX) // 3600
+MAX_SEEDS = 10_000
 RUNS = Path("runs")  # what is under way: checkpoints, pictures, parameters
 
 
@@ -65,6 +67,7 @@ class Stopped(BaseException):
 
 
 def main() -> None:
+    output.outlive_readers()
     options = tyro.cli(Options, description=Options.__doc__)
     try:
         reproduce(options)
@@ -79,10 +82,12 @@ def main() -> None:
 
 def reproduce(options: Options) -> None:
     """Does what the options say; see `Options`."""
-    for name in ("hours", "seeds"):
+    for name, most in (("hours", MAX_HOURS), ("seeds", MAX_SEEDS)):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; it must be positive")
+        if value is not None and not 0 < value <= most:
+            raise ValueError(f"--{name} is {value}; it must be positive, and at most {most}")
+    check_path("results", options.results)
+    Launch(data_dir=options.data_dir).validate()
     folder = options.results / options.preset
     experiments = STUDIES[options.preset].experiments(options.seeds)
     if options.dry_run:

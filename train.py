@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from training import cpu, data, devices
+from training import cpu, data, devices, output
 from training.checkpoints import CheckpointError, Checkpoints
 from training.choices import show_choices
 from training.config import Experiment, Launch, check_resumes, parse, run_folder
@@ -41,7 +41,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
 
     Raises:
       ValueError: for an impossible option, or data that is unavailable.
-      OSError: if the folder is in use, or cannot be written.
+      OSError: if the folder is in use, cannot be written, or is moved while the run is in progress.
       RecordError: if records of epochs before the checkpoint are missing or damaged.
       CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
@@ -74,10 +74,10 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 quiet=folder is None,
             )
         )
-        checkpoints = stack.enter_context(Checkpoints(path / "checkpoints"))
+        checkpoints = stack.enter_context(Checkpoints(path / "checkpoints", display.say))
         state = program.first_state()
         if launch.resume:
-            state = checkpoints.restore(state, display.say) or state
+            state = checkpoints.restore(state) or state
         done = int(state.step)
         if done > experiment.epochs * program.steps_per_epoch:
             raise ValueError(
@@ -86,11 +86,12 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             )
         finished = done // program.steps_per_epoch
         devices.on_first_process(lambda: folder and folder.begin(finished, display.say))
-        display.say(f"{path}: {describe(mesh)}, compiling ...")
-        if not done:  # shows at once whether the folder can hold checkpoints
-            checkpoints.save(0, state)
-        program.compile(state)
-        display.start(done, folder.records if folder else [])
+        if finished < experiment.epochs:
+            display.say(f"{path}: {describe(mesh)}, compiling ...")
+            if not done:  # shows at once whether the folder can hold checkpoints
+                checkpoints.save(0, state)
+            program.compile(state)
+            display.start(done, folder.records if folder else [])
 
         requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
         stack.enter_context(devices.ending_together())
@@ -142,7 +143,10 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 raise Interrupted(stop, done, path)
 
         save_model(path, state.params, state.batch_stats)
-        display.say(f"{path} holds the records, the pictures and the parameters")
+        display.say(
+            f"{path} is finished: it holds the records of {experiment.epochs} epochs, the pictures "
+            "and the parameters"
+        )
     return folder.records if folder else []
 
 
@@ -169,6 +173,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def main() -> None:
+    output.outlive_readers()
     debug = "--debug" in sys.argv
     if not debug:  # Orbax logs errors with their tracebacks, and raises them as well
         logging.getLogger("absl").setLevel(logging.CRITICAL)

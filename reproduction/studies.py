@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from models import MODELS
 from reproduction.files import replacing
-from training.config import Experiment, option, recipe
+from training.config import Experiment, experiment_of, option, recipe
 from training.data import DATASETS
 from training.record import SCHEMA, Record, RecordError, parse_records, read_records
 
@@ -301,8 +301,7 @@ def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
             raise ValueError(f"its schema is {schema}, not {SCHEMA}")
         if missing := [key for key in DESCRIPTION if key not in description]:
             raise ValueError(f"missing: {', '.join(missing)}")
-        experiment = Experiment(**description.pop("config"))
-        experiment.validate()
+        experiment = experiment_of(description.pop("config"))
         records = parse_records(lines[1:], path)
         missed = experiment.epochs - len(records)
         if missed < 0 or (missed > 0 and not description["diverged"]):

@@ -40,10 +40,10 @@ def test_code_compiles(path):
         compile(code, path.name, "exec")
 
 
-def test_the_notebook_has_ten_cells():
+def test_the_notebook_has_twelve_cells():
     text = (ROOT / "docs/dynamics.md").read_text()
-    assert text.count("```{code-cell}") == 10
-    assert re.findall(r"^\*\*(\d+)\.\*\*", text, re.MULTILINE) == [str(n) for n in range(1, 11)]
+    assert text.count("```{code-cell}") == 12
+    assert re.findall(r"^\*\*(\d+)\.\*\*", text, re.MULTILINE) == [str(n) for n in range(1, 13)]
 
 
 def test_every_page_is_in_the_contents():

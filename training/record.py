@@ -93,14 +93,11 @@ def _checked(record: Any, epoch: int) -> Record:
         raise ValueError(f"layer_std is {record['layer_std']!r}, not a number for each layer")
     if record["epoch"] != epoch:
         raise ValueError(f"the record of epoch {record['epoch']} stands in its place")
-    values: dict[str, Any] = {}
-    for name in Record.__annotations__:
-        value = record[name]
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            values |= {f"{name}[{key!r}]": item for key, item in items}
-        else:
-            values[name] = value
+    values = {name: record[name] for name in Record.__annotations__ if name != "layer_std"}
+    values |= {f"layer_std of {layer}": std for layer, std in record["layer_std"].items()}
+    if isinstance(by_step := values["update_norm_ratio_by_step"], list):
+        del values["update_norm_ratio_by_step"]
+        values |= {f"update_norm_ratio of step {i}": ratio for i, ratio in enumerate(by_step, 1)}
     for name, value in values.items():
         if value is None and name in (*OPTIONAL, *LATER):
             continue

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import importlib
 import json
 import os
@@ -24,10 +23,11 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
 from training import config, plots
-from training.checkpoints import CheckpointError
+from training.checkpoints import CheckpointError, first_line, is_full
 from training.config import Experiment, Launch, run_folder
 from training.data import DATASETS, Dataset
 from training.lock import LOCK, InUse, lock
+from training.open_folder import OpenFolder
 from training.optimizers import METHODS, OPTIMIZERS
 from training.provenance import environment
 from training.record import SCHEMA, Record, RecordError, parse_records
@@ -80,11 +80,13 @@ class RunFolder:
         with contextlib.ExitStack() as stack:
             with _explained(self.path):
                 stack.enter_context(lock(self.path))
+                self._opened = OpenFolder(self.path)
+            stack.callback(self._opened.close)
             if new:  # looked at under the lock: of two runs that start at once, one wins
                 self._check_vacant()
                 with _explained(self.path):
                     self._save_config()
-            self._lock = stack.pop_all()
+            self._held = stack.pop_all()
         return self
 
     def begin(self, epochs: int, say: Callable[[str], None]) -> None:
@@ -155,6 +157,7 @@ class RunFolder:
 
     def write(self, record: Record, layers: dict[str, np.ndarray]) -> None:
         """Adds an epoch to all records, and histograms of `layers` to TensorBoard's."""
+        self._opened.check()
         path = self.path / "metrics.jsonl"
         line = json.dumps({name: record[name] for name in Record.__annotations__}) + "\n"
         with _explained(path), open(path, "a") as file:
@@ -178,18 +181,24 @@ class RunFolder:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # After another error a picture that cannot be written is not worth a word.
-        with self._lock, contextlib.suppress(OSError) if error else _explained(self.path):
+        with self._held, contextlib.suppress(OSError) if error else _explained(self.path):
             if self._tensorboard:
                 self._tensorboard.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
-            if self.records:
+            if self.records and self._opened.is_there():
                 plots.plot_curves(self.records, self._title, self.path / "curves.png")
                 plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
                 plots.plot_layer_map(self.records, self._title, self.path / "layers.png")
 
     def _check_vacant(self) -> None:
         path = self.path
+        for each in (path, *path.parents):
+            if each.is_symlink() and not each.exists():
+                raise FileNotFoundError(
+                    f"{each} is a link to {os.readlink(each)}, which does not exist; create that, "
+                    "remove the link, or give another folder with --out"
+                )
         if path.exists() and not (
             # What a process leaves behind that is killed before it has begun.
             path.is_dir() and {each.name for each in path.iterdir()} <= {LOCK, "config.part"}
@@ -220,16 +229,26 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = (
             "make room and resume with --resume"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if is_full(error)
             else "choose another folder with --out"
         )
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
 def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
-    """Saves what a run ended with to `parameters/`; every process of a run takes part."""
-    state = nnx.merge_state(params, batch_stats)
-    ocp.save(str(folder.absolute() / "parameters"), state, overwrite=True)
+    """Saves what a run ended with to `parameters/`; every process of a run takes part.
+
+    Raises:
+      CheckpointError: if they cannot be written.
+    """
+    path, state = folder / "parameters", nnx.merge_state(params, batch_stats)
+    try:
+        ocp.save(str(path.absolute()), state, overwrite=True)
+    except Exception as error:
+        remedy = "make room and resume" if is_full(error) else "resume"
+        raise CheckpointError(
+            f"{path} could not be written ({first_line(error)}); {remedy} with --resume"
+        ) from error
 
 
 def load_model(folder: str | os.PathLike[str]) -> nnx.Module:

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("recipes.md", "behaviour.md")
+PAGES = ("recipes.md", "behaviour.md", "effect.md", "readings.md")
 OPTIONAL = ("equinox", "flax", "haiku", "orbax")
 
 
@@ -39,6 +39,6 @@ def test_block_runs(page, code):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (DOCS / page).read_text()
-    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    headings = re.findall(r"^##+ (.+)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-") for title in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors

@@ -46,10 +46,12 @@ def record(epoch: int, **changes: object) -> dict[str, object]:
     } | changes
 
 
-def make_run(folder: Path, records: list[dict[str, object]]) -> None:
+def make_run(
+    folder: Path, records: list[dict[str, object]], about: dict[str, object] = ABOUT
+) -> None:
     """What a run leaves behind."""
     folder.mkdir(parents=True)
-    config.save(folder, EXPERIMENT, Launch(), **ABOUT)
+    config.save(folder, EXPERIMENT, Launch(), **about)
     lines = [json.dumps(line) + "\n" for line in records]
     (folder / "metrics.jsonl").write_text("".join(lines))
 
@@ -69,6 +71,8 @@ BROKEN = [
     ([*WHOLE[:2], record(3, test_accuracy=1.01)], "epoch 3: test_accuracy is 1.01"),
     ([record(1, train_loss=float("inf")), *WHOLE[1:]], "epoch 1: train_loss is inf"),
     ([record(1, train_loss=10**400), *WHOLE[1:]], "epoch 1: int too large"),
+    ([record(1, train_loss=[]), *WHOLE[1:]], "epoch 1: train_loss is [], not a finite number"),
+    ([record(1, test_accuracy={}), *WHOLE[1:]], "epoch 1: test_accuracy is {}, not a finite"),
     ([record(1, step=10.0), *WHOLE[1:]], "epoch 1: step is 10.0, not an integer"),
     ([record(1, layer_std=0.1), *WHOLE[1:]], "epoch 1: layer_std is 0.1, not a number for each"),
     ([*WHOLE[:2], record(3, layer_std={"stem": 1})], "epoch 3: its layers are not those of epoch"),
@@ -223,4 +227,4 @@ def test_the_last_report_of_several_processes_tells_of_all_runs(study, monkeypat
     monkeypatch.setattr(reproduce, "write_report", write_slowly)
     study("--report")
     assert "holds the report of 2 runs" in capsys.readouterr().out
-    assert "2 runs; the study has 2" in (results / "REPORT.md").read_text()
+    assert "All 2 planned runs" in (results / "REPORT.md").read_text()

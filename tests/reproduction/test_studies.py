@@ -11,6 +11,7 @@ from reproduction.studies import STUDIES, compressed, cost, same_results
 from training import config
 from training.config import Experiment, Launch, recipe
 from training.optimizers import learning_rate_schedule
+from training.provenance import environment
 from training.record import SCHEMA
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +105,14 @@ def make_run(folder: Path, experiment: Experiment, records: list[dict]) -> None:
     """What a run leaves behind."""
     folder.mkdir()
     launch = Launch(out=folder, data_dir=folder / "data")
-    command = f"python reproduce.py --data-dir {folder}"
-    config.save(folder, experiment, launch, schema=SCHEMA, command=command, device="cpu")
+    about = {
+        "schema": SCHEMA,
+        "command": f"python reproduce.py --data-dir {folder}",
+        "num_classes": 100,
+        "channels": 3,
+        **environment(),
+    }
+    config.save(folder, experiment, launch, **about)
     lines = [json.dumps(line) + "\n" for line in records]
     (folder / "metrics.jsonl").write_text("".join(lines))
 
@@ -144,7 +151,7 @@ def test_a_file_that_is_no_record_is_named(text, tmp_path):
         studies.read(tmp_path)
 
 
-@pytest.mark.parametrize("study", sorted(path.name for path in (ROOT / "results").glob("*/")))
+@pytest.mark.parametrize("study", [name for name in STUDIES if (ROOT / "results" / name).exists()])
 def test_committed_records_are_of_their_study_and_say_what_was_migrated(study):
     planned = [same_results(experiment) for experiment in STUDIES[study].experiments()]
     for name, run in studies.read(ROOT / "results" / study).items():

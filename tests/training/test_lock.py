@@ -17,7 +17,7 @@ from training import lock as lock_module
 from training.checkpoints import CheckpointError
 from training.config import Experiment, Launch
 from training.lock import LOCK, InUse, lock
-from training.record import Record, RecordError, read_records
+from training.record import RecordError, parse_records, read_records
 from training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -129,24 +129,27 @@ def test_a_folder_that_holds_something_is_left_as_it_is(names, tmp_path):
     assert is_free(tmp_path) if LOCK in names else True
 
 
-def record(epoch: int) -> Record:
-    return Record(
-        epoch=epoch,
-        step=10 * epoch,
-        train_loss=2.5,
-        test_loss=2.0,
-        test_accuracy=0.5,
-        learning_rate=1e-3,
-        global_std=0.01,
-        scale_factor=0.75,
-        exponent=2,
-        layer_std={"stem": 0.1},
-        images_per_second=640.0,
-        seconds=1.0,
-    )
-
-
-LINES = [json.dumps(record(epoch)).encode() + b"\n" for epoch in (1, 2, 3)]
+LINES = [
+    json.dumps(
+        {
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "train_loss": 2.5,
+            "test_loss": 2.0,
+            "test_accuracy": 0.5,
+            "learning_rate": 1e-3,
+            "global_std": 0.01,
+            "scale_factor": 0.75,
+            "exponent": 2,
+            "layer_std": {"stem": 0.1},
+            "images_per_second": 640.0,
+            "seconds": 1.0,
+        }
+    ).encode()
+    + b"\n"
+    for epoch in (1, 2, 3)
+]
+RECORDS = parse_records(LINES, Path("metrics.jsonl"))
 
 
 def interrupted(folder: Path, content: bytes | None, *checkpoints: int) -> RunFolder:
@@ -191,8 +194,8 @@ def test_what_comes_after_the_checkpoint_is_replaced_and_told(rest, tmp_path):
     with interrupted(tmp_path, LINES[0] + LINES[1] + rest, 20) as folder:
         folder.begin(2, said.append)
         assert [each["epoch"] for each in folder.records] == [1, 2]
-        folder.write(record(3), {})
-    assert read_records(tmp_path) == [record(1), record(2), record(3)]
+        folder.write(RECORDS[2], {})
+    assert read_records(tmp_path) == RECORDS
     assert len(said) == bool(rest)
     assert all("resumes with epoch 3: the records from there to epoch 3 in" in t for t in said)
 
@@ -200,8 +203,8 @@ def test_what_comes_after_the_checkpoint_is_replaced_and_told(rest, tmp_path):
 def test_a_last_line_without_its_end_is_given_one(tmp_path):
     with interrupted(tmp_path, LINES[0] + LINES[1][:-1], 20) as folder:
         folder.begin(2, pytest.fail)
-        folder.write(record(3), {})
-    assert read_records(tmp_path) == [record(1), record(2), record(3)]
+        folder.write(RECORDS[2], {})
+    assert read_records(tmp_path) == RECORDS
 
 
 def test_records_without_a_checkpoint_are_not_thrown_away(tmp_path):

@@ -1,0 +1,386 @@
+"""What each method does to AdamW's steps, all of them on the gradients of the same runs.
+
+AdamW alone trains ResNet-20 with the recipe for CIFAR-100. Every method, followed by an AdamW of
+its own, gets the gradients of that run, and `measure_effect` compares its updates with AdamW's.
+
+    python -m reproduction.effect --data-dir ~/tensorflow_datasets
+    python -m reproduction.effect --report    # the table and the figure, from the records alone
+
+A seed is 200 steps, each with the gradients of two batches. What is missing is run; a seed that was
+interrupted starts again.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from optax_autoscale import measure_effect
+from reproduction.markdown import table
+from training import cpu, data, devices
+from training.config import Experiment, recipe
+from training.data import Dataset
+from training.optimizers import METHODS, OPTIMIZERS, learning_rate_schedule, make_optimizer
+from training.plots import STYLE
+from training.program import Program
+from training.provenance import environment
+
+STEPS = 200
+BURN_IN = 20  # steps that the medians leave out
+EXPERIMENT = dataclasses.replace(recipe("cifar100"), method="none")
+COMPARED = (
+    "centering",
+    "scaling",
+    "autoscale",
+    "autoscale_p1",
+    "gradient_centralization",
+    "gradient_normalization",
+    "zscore",
+    "clip",
+)
+# No method, but AdamW on a second, independent batch at the same parameters: in every step, or in
+# this step only.
+OTHER_BATCHES, OTHER_BATCH = "other_batches", "other_batch"
+OTHERS = {
+    OTHER_BATCHES: "AdamW, other batches in every step",
+    OTHER_BATCH: "AdamW, another batch in this step",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measures what each method does to AdamW's steps on ResNet-20 and CIFAR-100."""
+
+    seeds: int = 3
+    """Number of seeds."""
+    data_dir: Path | None = None
+    """Folder of TensorFlow Datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    results: Path = Path("results/effect")
+    """Folder of the records and the report."""
+    report: bool = False
+    """Only write the report, from the records alone."""
+
+
+class Trajectory(NamedTuple):
+    """The record of one seed; arrays of shape `(steps,)`."""
+
+    description: dict[str, Any]
+    seconds: float
+    global_std: np.ndarray  # of the raw gradients, s_t of the paper
+    scale_factor: dict[str, np.ndarray]  # a_t of each method that has one
+    norm_ratio: dict[str, np.ndarray]  # of each method's update and AdamW's
+    cosine: dict[str, np.ndarray]
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=Options.__doc__)
+    try:
+        if not options.report:
+            cpu.use_cores(EXPERIMENT.batch_size)
+            cpu.keep_memory()
+            dataset = data.load(EXPERIMENT.dataset, options.data_dir)
+            for seed in range(options.seeds):
+                experiment = dataclasses.replace(EXPERIMENT, seed=seed)
+                record(experiment, dataset, STEPS, options.results / f"seed{seed}.jsonl")
+        write_report(options.results)
+    except (ValueError, OSError) as error:
+        sys.exit(f"effect.py: {error}")
+
+
+def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> None:
+    """Writes the record of a run, a line with its description and then one for each step.
+
+    Nothing is done where the file is complete already.
+    """
+    if path.exists() and len(path.read_text().splitlines()) == 1 + steps:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    description = {
+        "command": shlex.join(["python", "-m", "reproduction.effect"]),
+        "config": dataclasses.asdict(experiment),
+        "steps": steps,
+        **environment(),
+    }
+    with path.open("w") as file:
+        file.write(json.dumps(description) + "\n")
+        for line in measure(experiment, dataset, steps):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if line["step"] % 20 == 0:
+                print(
+                    f"{path}: step {line['step']} of {steps}, loss {line['loss']:.3f}", flush=True
+                )
+
+
+def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[dict[str, Any]]:
+    """Trains with the plain optimizer, and gives for each step what the methods would have done.
+
+    Args:
+      experiment: what is trained, with the method `none`.
+      dataset: what it is trained on.
+      steps: the number of steps.
+
+    Yields:
+      Of each step its number from 1, the seconds so far, the loss, s_t, and by method a_t and the
+      ratio of norms and cosine of the update that `measure_effect` gives.
+    """
+    mesh = devices.make_mesh()
+    program, everywhere = Program(experiment, dataset, mesh), devices.replicated(mesh)
+    schedule = learning_rate_schedule(
+        experiment.learning_rate,
+        experiment.decay_epochs,
+        experiment.warmup_epochs,
+        program.steps_per_epoch,
+    )
+    decay = experiment.weight_decay
+    plain = OPTIMIZERS[experiment.optimizer].make(schedule, decay)
+    meters: dict[str, Any] = {
+        method: make_optimizer(method, experiment.optimizer, schedule, decay, effect=True)
+        for method in COMPARED
+    } | {
+        OTHER_BATCHES: measure_effect(on_other_batches(plain), plain),
+        OTHER_BATCH: measure_effect(on_another_batch(plain), plain),
+    }
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def first_effects(params: nnx.State) -> dict[str, Any]:
+        return {name: meter.init(params) for name, meter in meters.items()}
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    def compare(effects: Any, params: nnx.State, grads: nnx.State, others: nnx.State) -> Any:
+        effects = {
+            name: meter.update(grads, effects[name], params, other_grads=others)[1]
+            for name, meter in meters.items()
+        }
+        keys = ("scale_factor", "norm_ratio", "cosine")
+        return effects, {
+            key: {name: optax.tree.get(effect, key, None) for name, effect in effects.items()}
+            for key in keys
+        }
+
+    start = time.perf_counter()
+    state = program.first_state()
+    effects = first_effects(state.params)
+    for step in range(steps):
+        epoch = 1 + step // program.steps_per_epoch
+        # The step gives its gradients, but reuses the memory of the state: so it gets a copy. The
+        # second batch is from another order of the images, with augmentation of another seed.
+        twin = jax.tree.map(jnp.copy, state)._replace(seed=state.seed + np.uint32(2**31))
+        params = jax.tree.map(jnp.copy, state.params)
+        _, other = program.train_step(twin, program.epoch_order(np.int32(2**30 + epoch)))
+        state, measured = program.train_step(state, program.epoch_order(np.int32(epoch)))
+        effects, numbers = compare(effects, params, measured.grads, other.grads)
+        yield {
+            "step": step + 1,
+            "seconds": round(time.perf_counter() - start, 1),
+            "loss": rounded(measured.loss),
+            "global_std": rounded(measured.global_std),
+            **{
+                key: {name: rounded(value) for name, value in values.items() if value is not None}
+                for key, values in numbers.items()
+            },
+        }
+
+
+def on_other_batches(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` on the gradients in the extra argument `other_grads`, in place of its own."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del updates
+        return tx.update(extra_args["other_grads"], state, params)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def on_another_batch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The step of `tx` on `other_grads`, with the state that its own gradients have led to."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        other_updates, _ = tx.update(extra_args["other_grads"], state, params)
+        return other_updates, tx.update(updates, state, params)[1]
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def closed_form(global_std: np.ndarray, scale_factor: np.ndarray) -> np.ndarray:
+    """The ratio of norms to be expected of `scaling` before Adam.
+
+    Args:
+      global_std: s_t, of shape `(steps,)`.
+      scale_factor: a_t, of the same shape.
+
+    Returns:
+      EMA(a) / sqrt(EMA(a^2 s^2) / EMA(s^2)), of the same shape, where the first mean has Adam's
+      first decay and the others its second, all with bias correction.
+    """
+    squares = global_std**2
+    return moving_average(scale_factor, 0.9) / np.sqrt(
+        moving_average(scale_factor**2 * squares, 0.999) / moving_average(squares, 0.999)
+    )
+
+
+def moving_average(values: np.ndarray, decay: float) -> np.ndarray:
+    """The exponential moving average over the first axis, with Adam's bias correction."""
+    mean, means = np.zeros_like(values[0]), []
+    for step, value in enumerate(values, start=1):
+        mean = decay * mean + (1 - decay) * value
+        means.append(mean / (1 - decay**step))
+    return np.array(means)
+
+
+def read(path: Path) -> Trajectory:
+    """The record in a file; raises ValueError where it is not complete."""
+    first, *lines = map(json.loads, path.read_text().splitlines())
+    if len(lines) != first["steps"]:
+        raise ValueError(f"{path} has {len(lines)} steps of {first['steps']}; run it again")
+
+    def column(key: str) -> dict[str, np.ndarray]:
+        return {name: np.array([line[key][name] for line in lines]) for name in lines[0][key]}
+
+    return Trajectory(
+        first,
+        lines[-1]["seconds"],
+        np.array([line["global_std"] for line in lines]),
+        *(column(key) for key in ("scale_factor", "norm_ratio", "cosine")),
+    )
+
+
+def write_report(folder: Path) -> None:
+    """Writes `REPORT.md` and `effect.png` from the records in a folder.
+
+    Raises:
+      ValueError: if there is no record, or one that is not complete.
+    """
+    runs = [read(path) for path in sorted(folder.glob("seed*.jsonl"))]
+    if not runs:
+        raise ValueError(f"{folder} holds no records; run it without --report")
+    draw(runs, folder / "effect.png")
+    (folder / "REPORT.md").write_text(report(runs))
+
+
+def report(runs: Sequence[Trajectory]) -> str:
+    """The table, with what it was measured on."""
+    rows = []
+    for name in (*COMPARED, *OTHERS):
+        cosine = over_seeds([run.cosine[name] for run in runs])
+        unexplained = over_seeds([100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1)
+        rows.append([label(name), over_seeds([run.norm_ratio[name] for run in runs])])
+        rows[-1] += [cosine, unexplained]
+        if name == "scaling":
+            rows.append(["its ratio in closed form", over_seeds([expected(run) for run in runs])])
+            rows[-1] += ["", ""]
+    header = ["before AdamW", "norm ratio", "cosine", "no learning rate explains, %"]
+    first = runs[0].description
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
+    commits = ", ".join(sorted({run.description["commit"][:12] for run in runs}))
+    minutes = sum(run.seconds for run in runs) / 60
+    factors = " and ".join(
+        f"{over_seeds([run.scale_factor['scaling'][[step]] for run in runs], skip=0)} at step {at}"
+        for step, at in ((0, 1), (-1, first["steps"]))
+    )
+    return f"""\
+# What the methods do to AdamW's steps
+
+ResNet-20 on CIFAR-100 with the recipe of the paper, the first {first["steps"]} steps of 39,000, {len(runs)} seeds.
+AdamW alone trains. Every method, followed by an AdamW of its own, gets the gradients of that run.
+
+<!-- table -->
+
+{table(header, rows)}
+
+Medians over the steps after step {BURN_IN}, in brackets the smallest and the largest of the {len(runs)} seeds. The scale
+factor $a_t$ was {factors}.
+
+<!-- figure -->
+
+![Norm ratio and share of the step that no learning rate explains, over {first["steps"]} steps, by method](effect.png)
+
+*Each method's update beside AdamW's over the first {first["steps"]} steps. Left: the ratio of their norms; dashed, the
+closed form for the scaling. Right: the share of the method's step, in squares, that no learning rate of
+AdamW explains. Lines are means over {len(runs)} seeds, bands go from the smallest to the largest.*
+
+<!-- command -->
+
+```sh
+python -m reproduction.effect --data-dir ~/tensorflow_datasets
+python -m reproduction.effect --report    # this page, from the records beside it
+```
+
+{first["device_count"]} x {first["device"]}, {minutes:.0f} minutes in all while other programs ran; {versions}; commit {commits}.
+"""
+
+
+def draw(runs: Sequence[Trajectory], path: Path) -> None:
+    """Draws the ratio of norms, and the share that no learning rate explains, over the steps."""
+    panels: list[tuple[str, Callable[[Trajectory, str], np.ndarray]]] = [
+        ("Norm of the update / AdamW's", lambda run, name: run.norm_ratio[name]),
+        ("Share that no learning rate explains", lambda run, name: 1 - run.cosine[name] ** 2),
+    ]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        axes = figure.subplots(1, 2)
+        for each, (title, values) in zip(axes, panels, strict=True):
+            for name in (*COMPARED, *OTHERS):
+                look = METHODS.get(name)
+                color, line = (look.color, look.line) if look else ("#999999", line_of(name))
+                band(each, [values(run, name) for run in runs], color, line, label(name))
+            each.set(title=title, xlabel="step")
+        forms = np.mean([expected(run) for run in runs], axis=0)
+        axes[0].plot(1 + np.arange(len(forms)), forms, "k--", linewidth=1, label="closed form")
+        axes[0].set(yscale="log", yticks=(0.5, 0.7, 1, 1.4, 2), yticklabels=(0.5, 0.7, 1, 1.4, 2))
+        axes[1].set(yscale="log")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.savefig(path)
+
+
+def line_of(name: str) -> str:
+    return "-" if name == OTHER_BATCHES else ":"
+
+
+def band(axes: Axes, values: Sequence[np.ndarray], color: str, line: Any, name: str) -> None:
+    """Draws the mean over seeds, and what lies between the smallest and the largest."""
+    x, low, high = 1 + np.arange(len(values[0])), np.min(values, axis=0), np.max(values, axis=0)
+    axes.plot(x, np.mean(values, axis=0), color=color, linestyle=line, label=name, linewidth=1.2)
+    axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+
+
+def expected(run: Trajectory) -> np.ndarray:
+    return closed_form(run.global_std, run.scale_factor["scaling"])
+
+
+def label(name: str) -> str:
+    return OTHERS.get(name) or METHODS[name].label
+
+
+def over_seeds(values: Sequence[np.ndarray], *, skip: int = BURN_IN, digits: int = 3) -> str:
+    """The median over seeds of the medians over steps, with the smallest and the largest of those.
+
+    >>> over_seeds([np.array([9.0, 1.0]), np.array([9.0, 2.0]), np.array([9.0, 4.0])], skip=1)
+    '2.000 [1.000, 4.000]'
+    """
+    medians = [float(np.median(each[skip:])) for each in values]
+    return f"{np.median(medians):.{digits}f} [{min(medians):.{digits}f}, {max(medians):.{digits}f}]"
+
+
+def rounded(value: jax.typing.ArrayLike) -> float:
+    return float(f"{float(np.asarray(value)):.6g}")
+
+
+if __name__ == "__main__":
+    main()
