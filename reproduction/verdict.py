@@ -108,8 +108,7 @@ class Claim(NamedTuple):
                 part = [it for it in evidence if it.scale == scale]
                 found = ", ".join(it.finding.brief for it in part)
                 seeds = "/".join(dict.fromkeys(it.seeds for it in part))
-                each = " each" if len(part) > 1 else ""
-                parts.append(f"{scale}: {found} (n = {seeds}{each}{note})")
+                parts.append(f"{scale}: {found} (n = {seeds}{note})")
         return "; ".join(parts) or "-"
 
 
@@ -267,7 +266,7 @@ def layers(arms: Sequence[Arm], alpha: float) -> Finding:
         return NOTHING
     some = "/".join(map(str, sorted({min(falls), max(falls)})))
     text = f"falls in {some.replace('/', ' to ')} of {total} layers"
-    return Finding(text, f"{some} of {total}", inference.verdict_on_every_run(holds))
+    return Finding(text, f"{some} of {total} fall", inference.verdict_on_every_run(holds))
 
 
 def bound(arms: Sequence[Arm], alpha: float) -> Finding:
@@ -276,7 +275,7 @@ def bound(arms: Sequence[Arm], alpha: float) -> Finding:
     series = [[record["scale_factor"] for record in run.records] for run in arms[0].runs.values()]
     if not (recorded := [value for run in series for value in run if value is not None]):
         return NOTHING
-    brief = f"{max(recorded):.4g}"
+    brief = f"{math.ceil(100 * max(recorded)) / 100:.2f}"  # rounded up: a bound
     return Finding(f"at most {brief}", brief, inference.verdict_on_bound(series))
 
 

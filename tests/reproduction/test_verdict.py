@@ -133,7 +133,7 @@ def test_one_counterexample_in_any_study_contradicts_the_bound(tmp_path):
     write(tmp_path / "vit", "vit", outcomes, record={"scale_factor": 1.001})
     claim = claims(read_all(tmp_path))[FACTOR]
     assert claim.verdict == "contradicted"
-    assert claim.basis == "digits, 40 epochs: 1.001 (n = 3)"
+    assert claim.basis == "digits, 40 epochs: 1.01 (n = 3)"
 
 
 def test_layers_that_all_agree_contradict_that_they_differ(tmp_path):
