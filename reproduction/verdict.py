@@ -505,12 +505,17 @@ def helps(groups: Groups) -> str:
         for each in family.contrasts
         if (each.method, each.baseline) == ("autoscale", "none") and not each.comparison.missing
     ]
-    text = f"Not known yet; on CIFAR-100: {cell.cifar100}."
+    missing = cell.contrast.comparison.missing if cell.contrast else 0
+    text = (
+        f"Not known yet: of the runs on CIFAR-100 that decide it, {missing} are missing."
+        if missing
+        else f"Not known yet; on CIFAR-100: {cell.cifar100}."
+    )
     if small:
         clear = sum(each.significant for each in small)
         text += (
-            f" On digits, a far smaller problem, {clear} of {len(small)} differences from "
-            f"{small[0].labels[1]} are significant: "
+            f" On digits, a far smaller problem, {clear or 'none'} of {len(small)} differences from "
+            f"{small[0].labels[1]} {'is' if clear == 1 else 'are'} significant: "
         )
         text += ", ".join(
             f"{MODELS[each.group.model].label} {difference(each.comparison)}" for each in small
