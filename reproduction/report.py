@@ -181,11 +181,13 @@ def difference_table(contrasts: Sequence[Contrast]) -> list[str]:
     """The contrasts of a family in one group; nothing while their runs are missing."""
     contrasts = [each for each in contrasts if not each.comparison.missing]
     tested = any(np.isfinite(each.corrected) for each in contrasts)
+    several = any(each.family > 1 for each in contrasts)
     rows = []
     for each in contrasts:
         row = [" minus ".join(each.labels), difference(each.comparison)]
         if tested:
-            row.append(", ".join(map(markdown.p_value, (each.comparison.p_value, each.corrected))))
+            p_values = (each.comparison.p_value, each.corrected)[: 1 + several]
+            row.append(", ".join(map(markdown.p_value, p_values)))
             detectable = each.comparison.estimate.detectable(ALPHA / each.family)
             known = not any(each.comparison.diverged) and np.isfinite(detectable)
             row.append(f"{detectable:.1f}" if known else "-")
@@ -193,7 +195,7 @@ def difference_table(contrasts: Sequence[Contrast]) -> list[str]:
         welch = inference.welch(arms, each.method, each.baseline)
         rows.append([*row, markdown.between(welch.low, welch.high, "+z.2f")])
     header = ["in points", "difference (95% interval)"]
-    header += ["p, Holm", "detectable"] if tested else []
+    header += ["p, Holm" if several else "p", "detectable"] if tested else []
     return [markdown.table([*header, "Welch's 95% interval"], rows)] if rows else []
 
 

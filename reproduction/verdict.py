@@ -101,15 +101,14 @@ class Claim(NamedTuple):
         """What the verdict is from, and what fewer runs at a larger scale show."""
         judged = self.judged
         nearer = BY_SCALE[: BY_SCALE.index(judged[0].study)] if judged else BY_SCALE
-        others = [it for it in self.evidence if it.study in nearer and it not in judged]
+        others = [it for it in self.evidence if it.study in nearer and it.verdict == "not tested"]
         parts = []
         for evidence, note in ((judged, ""), (others, "; not judged")):
             for scale in dict.fromkeys(it.scale for it in evidence):
                 part = [it for it in evidence if it.scale == scale]
                 found = ", ".join(it.finding.brief for it in part)
                 seeds = "/".join(dict.fromkeys(it.seeds for it in part))
-                each = " each" if len(part) > 1 else ""
-                parts.append(f"{scale}: {found} (n = {seeds}{each}{note})")
+                parts.append(f"{scale}: {found} (n = {seeds}{note})")
         return "; ".join(parts) or "-"
 
 
@@ -267,7 +266,7 @@ def layers(arms: Sequence[Arm], alpha: float) -> Finding:
         return NOTHING
     some = "/".join(map(str, sorted({min(falls), max(falls)})))
     text = f"falls in {some.replace('/', ' to ')} of {total} layers"
-    return Finding(text, f"{some} of {total}", inference.verdict_on_every_run(holds))
+    return Finding(text, f"{some} of {total} fall", inference.verdict_on_every_run(holds))
 
 
 def bound(arms: Sequence[Arm], alpha: float) -> Finding:
@@ -276,7 +275,7 @@ def bound(arms: Sequence[Arm], alpha: float) -> Finding:
     series = [[record["scale_factor"] for record in run.records] for run in arms[0].runs.values()]
     if not (recorded := [value for run in series for value in run if value is not None]):
         return NOTHING
-    brief = f"{max(recorded):.2f}"
+    brief = f"{math.ceil(100 * max(recorded)) / 100:.2f}"  # rounded up: a bound
     return Finding(f"at most {brief}", brief, inference.verdict_on_bound(series))
 
 
@@ -496,7 +495,8 @@ def block(groups: Groups, prefix: str) -> str:
 def helps(groups: Groups) -> str:
     """Whether accuracies are better, by the nearest to the paper's scale that can say so."""
     cell = next(it for it in cells(groups) if (it.model, it.method) == ("resnet20", "autoscale"))
-    if cell.contrast and cell.verdict != "not tested":
+    diverged = cell.contrast and any(cell.contrast.comparison.diverged)
+    if cell.contrast and (cell.verdict != "not tested" or diverged):
         tested = inference.in_words(cell.contrast.comparison, *cell.contrast.labels)
         return f"ResNet-20 on {cell.contrast.group.scale}: {tested}"
     small = [
@@ -505,12 +505,17 @@ def helps(groups: Groups) -> str:
         for each in family.contrasts
         if (each.method, each.baseline) == ("autoscale", "none") and not each.comparison.missing
     ]
-    text = f"Not known yet; on CIFAR-100: {cell.cifar100}."
+    missing = cell.contrast.comparison.missing if cell.contrast else 0
+    text = (
+        f"Not known yet: of the runs on CIFAR-100 that decide it, {missing} are missing."
+        if missing
+        else f"Not known yet; on CIFAR-100: {cell.cifar100}."
+    )
     if small:
         clear = sum(each.significant for each in small)
         text += (
-            f" On digits, a far smaller problem, {clear} of {len(small)} differences from "
-            f"{small[0].labels[1]} are significant: "
+            f" On digits, a far smaller problem, {clear or 'none'} of {len(small)} differences from "
+            f"{small[0].labels[1]} {'is' if clear == 1 else 'are'} significant: "
         )
         text += ", ".join(
             f"{MODELS[each.group.model].label} {difference(each.comparison)}" for each in small
@@ -607,7 +612,7 @@ def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
         x, y = zip(*paper, strict=True)
         axes.plot(x, y, "D", color="black", fillstyle="none", label="the paper: CIFAR-100, one run")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("test accuracy, Autoscale minus the plain optimizer, points")
     if rows:

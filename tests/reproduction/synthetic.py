@@ -53,7 +53,9 @@ def write(
             "diverged": "step 7: the training loss is nan; hint" if final is None else None,
         } | description
         lines = [about]
-        for epoch in range(1, epochs + 1) if final is not None else ():
+        for epoch in range(1, epochs + 1):
+            if final is None:
+                break
             changes = {
                 key: value(epoch) if callable(value) else value
                 for key, value in (record or {}).items()
