@@ -607,7 +607,7 @@ def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
         x, y = zip(*paper, strict=True)
         axes.plot(x, y, "D", color="black", fillstyle="none", label="the paper: CIFAR-100, one run")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("test accuracy, Autoscale minus the plain optimizer, points")
     if rows:
