@@ -600,7 +600,7 @@ def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
         value, low, high = (round(number, 6) for number in (estimate.value, *estimate.interval()))
         axes.plot([low, high], [place, place], color=spec.color, linewidth=1.5)
         axes.plot(
-            estimate.value,
+            value,
             place,
             "o",
             color=spec.color,
