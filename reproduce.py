@@ -117,11 +117,12 @@ def reproduce(options: Options) -> None:
         if not any(folder.glob("*.jsonl")):
             return
     # Again if records came while it was written: so the last report of several processes has all.
-    count = -1
-    while (there := len(list(folder.glob("*.jsonl")))) != count:
-        count = there
+    seen = None
+    while (records := set(options.results.glob("*/*.jsonl"))) != seen:
+        seen = records
         write_report(options.preset, folder)
-    write_verdict(options.results)
+        write_verdict(options.results)
+    count = sum(path.parent == folder for path in records)
     print(f"{folder / 'REPORT.md'} holds the report of {count} runs")
 
 

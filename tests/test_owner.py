@@ -206,7 +206,7 @@ def assert_complete(folder: Path, alone: Path) -> None:
     for name in NAMES:
         assert records(folder, name) == records(alone, name)
         assert not (folder / "runs" / "vit" / name / "checkpoints").exists()
-    assert "4 runs; the study has" in (results / "REPORT.md").read_text()
+    assert "All 4 planned runs are in." in (results / "REPORT.md").read_text()
     assert not list(results.glob("*.part"))
 
 
