@@ -514,8 +514,8 @@ def helps(groups: Groups) -> str:
     if small:
         clear = sum(each.significant for each in small)
         text += (
-            f" On digits, a far smaller problem, {clear or 'none'} of {len(small)} differences from "
-            f"{small[0].labels[1]} {'is' if clear == 1 else 'are'} significant: "
+            f" On digits, a far smaller problem, {clear or 'none'} of {len(small)} differences "
+            f"from {small[0].labels[1]} {'is' if clear == 1 else 'are'} significant: "
         )
         text += ", ".join(
             f"{MODELS[each.group.model].label} {difference(each.comparison)}" for each in small
@@ -596,10 +596,11 @@ def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
     paper: list[tuple[float, int]] = []
     for place, (_, each) in enumerate(rows):
         estimate, spec = each.comparison.estimate, METHODS["autoscale"]
-        low, high = estimate.interval()
+        # Without the last digits, which the version of NumPy or SciPy may change.
+        value, low, high = (round(number, 6) for number in (estimate.value, *estimate.interval()))
         axes.plot([low, high], [place, place], color=spec.color, linewidth=1.5)
         axes.plot(
-            estimate.value,
+            value,
             place,
             "o",
             color=spec.color,
