@@ -293,26 +293,29 @@ def report(runs: Sequence[Trajectory]) -> str:
         f"{over_seeds([run.scale_factor['scaling'][[step]] for run in runs], skip=0)} at step {at}"
         for step, at in ((0, 1), (-1, first["steps"]))
     )
+    steps, device = first["steps"], f"{first['device_count']} x {first['device']}"
     return f"""\
 # What the methods do to AdamW's steps
 
-ResNet-20 on CIFAR-100 with the recipe of the paper, the first {first["steps"]} steps of 39,000, {len(runs)} seeds.
-AdamW alone trains. Every method, followed by an AdamW of its own, gets the gradients of that run.
+ResNet-20 on CIFAR-100 with the recipe of the paper, the first {steps} steps of 39,000,
+{len(runs)} seeds. AdamW alone trains. Every method, followed by an AdamW of its own, gets the
+gradients of that run.
 
 <!-- table -->
 
 {table(header, rows)}
 
-Medians over the steps after step {BURN_IN}, in brackets the smallest and the largest of the {len(runs)} seeds. The scale
-factor $a_t$ was {factors}.
+Medians over the steps after step {BURN_IN}, in brackets the smallest and the largest of the
+{len(runs)} seeds. The scale factor $a_t$ was {factors}.
 
 <!-- figure -->
 
-![Norm ratio and share of the step that no learning rate explains, over {first["steps"]} steps, by method](effect.png)
+![Norm ratio and share of the step that no learning rate explains, by method](effect.png)
 
-*Each method's update beside AdamW's over the first {first["steps"]} steps. Left: the ratio of their norms; dashed, the
-closed form for the scaling. Right: the share of the method's step, in squares, that no learning rate of
-AdamW explains. Lines are means over {len(runs)} seeds, bands go from the smallest to the largest.*
+*Each method's update beside AdamW's over the first {steps} steps. Left: the ratio of their norms;
+dashed, the closed form for the scaling. Right: the share of the method's step, in squares, that no
+learning rate of AdamW explains. Lines are means over {len(runs)} seeds, bands go from the smallest
+to the largest.*
 
 <!-- command -->
 
@@ -321,7 +324,7 @@ python -m reproduction.effect --data-dir ~/tensorflow_datasets
 python -m reproduction.effect --report    # this page, from the records beside it
 ```
 
-{first["device_count"]} x {first["device"]}, {minutes:.0f} minutes in all while other programs ran; {versions}; commit {commits}.
+{device}, {minutes:.0f} minutes in all while other programs ran; {versions}; commit {commits}.
 """
 
 
