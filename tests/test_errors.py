@@ -151,7 +151,7 @@ def test_auto_resume_starts_continues_and_leaves_a_finished_run(tmp_path):
 def test_make_train_resumes():
     if shutil.which("make") is None:
         pytest.skip("needs make")
-    command = ["make", "--dry-run", "train", "ARGS=--seed 3"]
+    command = ["make", "--no-print-directory", "--dry-run", "train", "ARGS=--seed 3"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.splitlines()[-1].endswith("python train.py --auto-resume --seed 3")
 
