@@ -13,8 +13,9 @@ JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 .PHONY: train test test-all test-lowest lint types docs format clean
 .DELETE_ON_ERROR:
 
+# Resumes a run that was stopped, and leaves a finished one.
 train: $(INSTALLED)
-	$(BIN)/python train.py $(ARGS)
+	$(BIN)/python train.py --auto-resume $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)

@@ -8,7 +8,7 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -20,11 +20,13 @@ import tyro
 from reproduction import studies
 from reproduction.report import write_report
 from reproduction.studies import STUDIES, Run
+from reproduction.verdict import write_verdict
 from train import NotFinite, train
-from training import cpu
+from training import cpu, output
 from training.checkpoints import CheckpointError
-from training.config import Experiment, Launch
+from training.config import Experiment, Launch, check_path
 from training.interruption import Interrupted
+from training.lock import InUse, lock
 from training.record import read_records
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 else:
     Preset = Literal[tuple(STUDIES)]
 
+MAX_HOURS = int(threading.TIMEOUT_MAX) // 3600
+MAX_SEEDS = 10_000
 RUNS = Path("runs")  # what is under way: checkpoints, pictures, parameters
 
 
@@ -55,7 +59,7 @@ class Options:
     dry_run: bool = False
     """Show the runs, which of them are done, and how long the rest may take."""
     report: bool = False
-    """Only write the report, from the records alone."""
+    """Only write the report, and the verdict over all studies, from the records alone."""
 
 
 class Stopped(BaseException):
@@ -63,6 +67,7 @@ class Stopped(BaseException):
 
 
 def main() -> None:
+    output.outlive_readers()
     options = tyro.cli(Options, description=Options.__doc__)
     try:
         reproduce(options)
@@ -77,23 +82,19 @@ def main() -> None:
 
 def reproduce(options: Options) -> None:
     """Does what the options say; see `Options`."""
-    for name in ("hours", "seeds"):
+    for name, most in (("hours", MAX_HOURS), ("seeds", MAX_SEEDS)):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; it must be positive")
+        if value is not None and not 0 < value <= most:
+            raise ValueError(f"--{name} is {value}; it must be positive, and at most {most}")
+    check_path("results", options.results)
+    Launch(data_dir=options.data_dir).validate()
     folder = options.results / options.preset
     experiments = STUDIES[options.preset].experiments(options.seeds)
-    done = studies.read(folder)
-    for experiment in experiments:
-        check_same(experiment, done, folder)
-    missing = [experiment for experiment in experiments if experiment.name not in done]
-
     if options.dry_run:
-        for experiment in experiments:
-            print(f"{progress(experiment, done, options):>12}  {experiment.name}")
-        count = len(experiments)
-        print(f"{count - len(missing)} of {count} done, {left(missing, done)}")
+        show_progress(experiments, options)
         return
+    finished(experiments, folder)  # shows now whether all records are valid
+    held = []
     if not options.report:
         try:  # now, and not when the first run is done
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,14 +106,64 @@ def reproduce(options: Options) -> None:
         cpu.keep_memory()
         jax.config.update("jax_compilation_cache_dir", str((RUNS / "compiled").absolute()))
         with time_limit(options.hours):
-            for number, experiment in enumerate(missing):
-                print(
-                    f"run {len(experiments) - len(missing) + number + 1} of {len(experiments)}, "
-                    f"{left(missing[number:], done)}: {experiment.name}"
-                )
-                done[experiment.name] = run(experiment, options)
-    write_report(options.preset, folder)
-    print(f"{folder / 'REPORT.md'} holds the report of {len(done)} runs")
+            held = make_missing(experiments, options)
+    for each in held:
+        print(each)
+    if held:
+        print(
+            f"{len(held)} of {len(experiments)} runs are left to other processes; the same command "
+            "takes over what they do not finish"
+        )
+        if not any(folder.glob("*.jsonl")):
+            return
+    # Again if records came while it was written: so the last report of several processes has all.
+    seen = None
+    while (records := set(options.results.glob("*/*.jsonl"))) != seen:
+        seen = records
+        write_report(options.preset, folder)
+        write_verdict(options.results)
+    count = sum(path.parent == folder for path in records)
+    print(f"{folder / 'REPORT.md'} holds the report of {count} runs")
+
+
+def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Run]:
+    """The runs that are done, by name.
+
+    Raises:
+      ValueError: if a record is invalid, or of another recipe.
+    """
+    done = studies.read(folder)
+    for experiment in experiments:
+        check_same(experiment, done, folder)
+    return done
+
+
+def make_missing(experiments: Sequence[Experiment], options: Options) -> list[InUse]:
+    """Makes one run after the other of those that are missing and that no other process holds.
+
+    Returns:
+      Who holds the others.
+    """
+    folder = options.results / options.preset
+    while True:
+        done = finished(experiments, folder)  # read again: others may have made some
+        missing = [experiment for experiment in experiments if experiment.name not in done]
+        held = []
+        for number, experiment in enumerate(missing):
+            try:
+                with lock(folder_of(experiment, options)):
+                    if path_of(experiment, options).exists():  # made since the records were read
+                        continue
+                    print(
+                        f"run {len(experiments) - len(missing) + number + 1} of "
+                        f"{len(experiments)}, {left(missing[number:], done)}: {experiment.name}"
+                    )
+                    run(experiment, options)
+                    break
+            except InUse as error:
+                held.append(error)
+        else:
+            return held
 
 
 def folder_of(experiment: Experiment, options: Options) -> Path:
@@ -120,21 +171,26 @@ def folder_of(experiment: Experiment, options: Options) -> Path:
     return RUNS / options.preset / experiment.name
 
 
-def run(experiment: Experiment, options: Options) -> Run:
-    """Makes a run, or resumes it, and publishes its records."""
+def path_of(experiment: Experiment, options: Options) -> Path:
+    """The record file of a run that is done."""
+    return options.results / options.preset / f"{experiment.name}.jsonl"
+
+
+def run(experiment: Experiment, options: Options) -> None:
+    """Makes a run, or resumes it, and publishes its records; its folder is locked meanwhile."""
     folder = folder_of(experiment, options)
-    begun = (folder / "config.json").exists()
+    begun, checkpoints = (folder / "config.json").exists(), folder / "checkpoints"
+    if begun and not checkpoints.exists():  # it was done, and its record deleted to rerun it
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
     diverged = None
     try:
         train(experiment, Launch(out=folder, data_dir=options.data_dir, resume=begun))
     except NotFinite as error:  # a result as well
         diverged = str(error)
         print(diverged)
-    path = options.results / options.preset / f"{experiment.name}.jsonl"
-    finished = studies.publish(experiment, folder, path, diverged)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    studies.publish(experiment, folder, path_of(experiment, options), diverged)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     jax.clear_caches()
-    return finished
 
 
 def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> None:
@@ -152,19 +208,33 @@ def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> No
         )
 
 
-def progress(experiment: Experiment, done: dict[str, Run], options: Options) -> str:
-    """How far a run is, in words."""
-    if experiment.name in done:
-        return "done"
-    records = folder_of(experiment, options) / "metrics.jsonl"
-    return (
-        f"{len(read_records(records.parent))}/{experiment.epochs} epochs"
-        if records.exists()
-        else "-"
-    )
+def show_progress(experiments: Sequence[Experiment], options: Options) -> None:
+    """Shows how far each run is, and what is wrong with records that are invalid."""
+    done: dict[str, Run] = {}
+    invalid: list[ValueError] = []
+    for experiment in experiments:
+        path = path_of(experiment, options)
+        metrics = folder_of(experiment, options) / "metrics.jsonl"
+        text = "-"
+        try:
+            if path.exists():
+                found = {experiment.name: studies.read_run(path)}
+                check_same(experiment, found, path.parent)
+                done |= found
+                text = "done"
+            elif metrics.exists():
+                text = f"{len(read_records(metrics.parent))}/{experiment.epochs} epochs"
+        except ValueError as error:
+            invalid.append(error)
+            text = "invalid"
+        print(f"{text:>12}  {experiment.name}")
+    for error in invalid:
+        print(error)
+    missing = [experiment for experiment in experiments if experiment.name not in done]
+    print(f"{len(done)} of {len(experiments)} done, {left(missing, done)}")
 
 
-def left(missing: list[Experiment], done: dict[str, Run]) -> str:
+def left(missing: Sequence[Experiment], done: dict[str, Run]) -> str:
     """How long the missing runs may take, in words."""
     if not missing:
         return "nothing left"

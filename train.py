@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from training import cpu, data, devices
+from training import cpu, data, devices, output
 from training.checkpoints import CheckpointError, Checkpoints
 from training.choices import show_choices
 from training.config import Experiment, Launch, check_resumes, parse, run_folder
@@ -41,7 +41,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
 
     Raises:
       ValueError: for an impossible option, or data that is unavailable.
-      OSError: if the folder is in use, or cannot be written.
+      OSError: if the folder is in use, cannot be written, or is moved while the run is in progress.
+      RecordError: if records of epochs before the checkpoint are missing or damaged.
       CheckpointError: if a checkpoint cannot be written, or none of those there can be read.
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
       Interrupted: after a signal to stop, once a checkpoint is written.
@@ -59,9 +60,12 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     )
     mesh = devices.make_mesh()
     program = Program(experiment, dataset, mesh, fsdp=launch.fsdp)
-    folder = devices.on_first_process(lambda: RunFolder(experiment, launch, dataset))
 
     with contextlib.ExitStack() as stack:
+        # Before the checkpoints, whose clean-up removes what another process is writing there.
+        folder = devices.on_first_process(
+            lambda: stack.enter_context(RunFolder(experiment, launch, dataset))
+        )
         display = stack.enter_context(
             Display(
                 experiment,
@@ -70,28 +74,28 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 quiet=folder is None,
             )
         )
-        checkpoints = stack.enter_context(Checkpoints(path / "checkpoints"))
+        checkpoints = stack.enter_context(Checkpoints(path / "checkpoints", display.say))
         state = program.first_state()
         if launch.resume:
-            state = checkpoints.restore(state, display.say) or state
+            state = checkpoints.restore(state) or state
         done = int(state.step)
         if done > experiment.epochs * program.steps_per_epoch:
             raise ValueError(
                 f"--epochs is {experiment.epochs}, and the run in {path} has done "
                 f"{done / program.steps_per_epoch:.3g} already; give as many or more"
             )
-        if folder:
-            folder.begin(done // program.steps_per_epoch)
-            stack.enter_context(folder)
-        display.say(f"{path}: {describe(mesh)}, compiling ...")
-        if not done:  # shows at once whether the folder can hold checkpoints
-            checkpoints.save(0, state)
-        program.compile(state)
-        display.start(done, folder.records if folder else [])
+        finished = done // program.steps_per_epoch
+        devices.on_first_process(lambda: folder and folder.begin(finished, display.say))
+        if finished < experiment.epochs:
+            display.say(f"{path}: {describe(mesh)}, compiling ...")
+            if not done:  # shows at once whether the folder can hold checkpoints
+                checkpoints.save(0, state)
+            program.compile(state)
+            display.start(done, folder.records if folder else [])
 
         requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
         stack.enter_context(devices.ending_together())
-        for epoch in range(done // program.steps_per_epoch + 1, experiment.epochs + 1):
+        for epoch in range(finished + 1, experiment.epochs + 1):
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
             in_flight: deque[tuple[int, Measured, Any]] = deque()
@@ -139,7 +143,10 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 raise Interrupted(stop, done, path)
 
         save_model(path, state.params, state.batch_stats)
-        display.say(f"{path} holds the records, the pictures and the parameters")
+        display.say(
+            f"{path} is finished: it holds the records of {experiment.epochs} epochs, the pictures "
+            "and the parameters"
+        )
     return folder.records if folder else []
 
 
@@ -166,6 +173,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def main() -> None:
+    output.outlive_readers()
     debug = "--debug" in sys.argv
     if not debug:  # Orbax logs errors with their tracebacks, and raises them as well
         logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -4,6 +4,10 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
 import optax_autoscale
 
 project = "optax_autoscale"
@@ -50,3 +54,26 @@ _mathjax = files("sphinx-mathjax-offline") / "static/mathjax/tex-svg.js"
 html_static_path = ["_static", str(_mathjax)]
 mathjax_path = _mathjax.name
 mathjax3_config = {"svg": {"scale": 0.9}}
+
+
+def _follow_links(app: Sphinx, doctree: nodes.document) -> None:
+    """Leads links to the pages that they mean on the site, where the path is another one.
+
+    These are the README's, `docs/page.md`, in what a page includes, and links into `results`, whose
+    real place is outside of this folder.
+    """
+    root = Path(app.srcdir).parent
+    for link in doctree.findall(addnodes.pending_xref):
+        target = link["reftarget"]
+        if link.get("reftype") != "myst":
+            continue
+        if link["refdomain"] == "doc" and Path(target).is_relative_to(root):
+            link["reftarget"] = Path(target).relative_to(root).as_posix()
+        elif target.startswith("docs/"):
+            page, _, part = target.removeprefix("docs/").partition("#")
+            link["refdomain"], link["reftargetid"] = "doc", part or None
+            link["reftarget"] = page.removesuffix(".md")
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", _follow_links)

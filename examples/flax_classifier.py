@@ -44,7 +44,8 @@ def main(epochs: int = 20, batch_size: int = 50) -> None:
     x, y = (jnp.asarray(array) for array in load_data(rng))
     (train_x, test_x), (train_y, test_y) = jnp.split(x, [1500]), jnp.split(y, [1500])
     model = Classifier(x.shape[-1], int(y.max()) + 1, nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.chain(autoscale(), optax.adamw(1e-2)), wrt=nnx.Param)
+    tx = optax.chain(autoscale(max_scale=1.0), optax.adamw(1e-2))  # s_t is often above e^-4 here
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for epoch in range(1, epochs + 1):
         model.train()
         batches = np.array_split(rng.permutation(len(train_x)), len(train_x) // batch_size)

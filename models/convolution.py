@@ -44,6 +44,18 @@ def _conv_as_dot(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return y.reshape(images, len(rows), len(columns), -1)
 
 
+def _conv_in_pairs(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    """A convolution of stride 1 that computes two neighboring outputs as channels of one.
+
+    XLA's CPU backend takes almost as long for 16 output channels as for 32. The kernel becomes one
+    pixel wider, of which each of the two outputs ignores one.
+    """
+    left, right = (jnp.pad(kernel, ((0, 0), side, (0, 0), (0, 0))) for side in ((0, 1), (1, 0)))
+    pairs = jnp.concatenate([left, right], axis=-1)
+    y = lax.conv_general_dilated(x, pairs, window_strides=(1, 2), **options)
+    return y.reshape(*x.shape[:3], kernel.shape[-1])
+
+
 def conv_general_dilated(
     x: jax.Array, kernel: jax.Array, window_strides: Any, padding: Any, **options: Any
 ) -> jax.Array:
@@ -60,12 +72,25 @@ def conv_general_dilated(
         Images of shape `(batch, height / stride, width / stride, out_features)`, rounded up. They
         can be differentiated in reverse mode only.
     """
+    stride, size = window_strides[0], kernel.shape[0]
+    is_dot = max(x.shape[1:3]) <= size // 2 + 1
     plain = partial(
         lax.conv_general_dilated, window_strides=window_strides, padding=padding, **options
     )
-    fastest = plain
-    if max(x.shape[1:3]) <= kernel.shape[0] // 2 + 1:
-        fastest = partial(_conv_as_dot, stride=window_strides[0])
+
+    def fastest(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if is_dot:
+            return _conv_as_dot(x, kernel, stride)
+        if stride == 1 < size and x.shape[2] % 2 == 0 and kernel.shape[-1] <= 16:
+            return _conv_in_pairs(x, kernel, padding=padding, **options)
+        return plain(x, kernel)
+
+    def gradients(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> Any:
+        if is_dot or stride > 1:
+            return jax.vjp(fastest, x, kernel)[1](grad)
+        # The gradient with respect to the images is a convolution of the same kind.
+        x_grad = fastest(grad, kernel[::-1, ::-1].swapaxes(2, 3)).astype(x.dtype)
+        return x_grad, *jax.vjp(partial(plain, x), kernel)[1](grad)
 
     @jax.custom_vjp
     def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -80,7 +105,7 @@ def conv_general_dilated(
         return lax.platform_dependent(
             *operands,
             grad,
-            cpu=lambda x, kernel, grad: jax.vjp(fastest, x, kernel)[1](grad),
+            cpu=gradients,
             default=lambda x, kernel, grad: jax.vjp(plain, x, kernel)[1](grad),
         )
 

@@ -8,13 +8,13 @@ from optax_autoscale._autoscale import (
     center_layers,
     scale_by_global_std,
 )
-from optax_autoscale._effect import EffectState, EffectSums, measure_effect
-from optax_autoscale._moments import default_layer_axes, global_std, layer_std
-from optax_autoscale._rivals import (
+from optax_autoscale._baselines import (
     gradient_centralization,
     gradient_normalization,
     zscore_normalization,
 )
+from optax_autoscale._effect import EffectState, EffectSums, measure_effect
+from optax_autoscale._moments import default_layer_axes, exclude, global_std, layer_std
 
 __version__ = _version("optax-autoscale")
 
@@ -25,6 +25,7 @@ __all__ = [
     "autoscale",
     "center_layers",
     "default_layer_axes",
+    "exclude",
     "global_std",
     "gradient_centralization",
     "gradient_normalization",

@@ -28,7 +28,7 @@ def main() -> int:
     for what, passed in checks():
         print("ok  " if passed else "FAIL", what)
         failures += not passed
-    print("\nall is well" if failures == 0 else f"\n{failures} of the checks failed")
+    print("\nall checks passed" if failures == 0 else f"\n{failures} of the checks failed")
     return min(failures, 1)
 
 
@@ -40,25 +40,25 @@ def checks() -> Iterator[tuple[str, bool]]:
     entries = kernel.ravel().tolist()
     std, mean = statistics.stdev(entries), statistics.fmean(entries)
     ratio = 4 / (abs(math.log(std)) + 1e-8)  # ratio**2 is below 0.5: the exponent becomes 1
-    centred = jnp.array([entry - mean for entry in entries]).reshape(kernel.shape)
+    centered = jnp.array([entry - mean for entry in entries]).reshape(kernel.shape)
 
     first, state = first_step(autoscale(), grads)
     yield "global standard deviation of the weights' gradients", close(state.global_std, std)
     yield "scale factor of the first step", close(state.scale_factor, ratio**2)
     yield "exponent of later steps", int(state.exponent) == 1
-    yield "weights: centred and scaled", close(first["kernel"], ratio**2 * centred)
+    yield "weights: centered and scaled", close(first["kernel"], ratio**2 * centered)
     yield "biases: left alone", bool(jnp.array_equal(first["bias"], grads["bias"]))
 
     update = jax.jit(autoscale().update)
     second, _ = update(grads, state)
-    yield "second step, with its exponent", close(second["kernel"], ratio * centred)
+    yield "second step, with its exponent", close(second["kernel"], ratio * centered)
     zeros, _ = update(jax.tree.map(jnp.zeros_like, grads), state)
     yield "gradients of 0: updates of 0", not any(jnp.any(leaf) for leaf in zeros.values())
 
     halves, _ = first_step(optax.chain(scale_by_global_std(), center_layers()), grads)
     yield "its two halves, one after the other", close(halves["kernel"], first["kernel"])
     bounded, _ = first_step(autoscale(max_scale=0.25), grads)
-    yield "max_scale", close(bounded["kernel"], 0.25 * centred)
+    yield "max_scale", close(bounded["kernel"], 0.25 * centered)
 
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((len(devices),), ("devices",), auto, devices=devices)

@@ -10,7 +10,7 @@ from optax_autoscale._moments import (
     AxisName,
     LayerAxes,
     Moments,
-    default_layer_axes,
+    checked_layer_axes,
     map_layers,
     pooled_moments,
     tree_moments,
@@ -31,13 +31,13 @@ class AutoscaleState(NamedTuple):
 
 
 def autoscale(
-    eps: jax.typing.ArrayLike = 1e-8,
     *,
+    eps: jax.typing.ArrayLike = 1e-8,
     max_scale: jax.typing.ArrayLike | None = None,
-    layer_axes: LayerAxes = default_layer_axes,
+    layer_axes: LayerAxes | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Centres each weight gradient and scales all of them by one factor.
+    r"""Centers each weight gradient and scales all of them by one factor.
 
     With :math:`G_t^{(l)}` the gradient of layer :math:`l` at step :math:`t`, :math:`\mu_t^{(l)}`
     the mean of its entries, and :math:`S_t` the layers with more than one axis:
@@ -53,16 +53,21 @@ def autoscale(
 
     Here ``eps`` is :math:`\epsilon`; the state's ``global_std``, ``scale_factor`` and ``exponent``
     are :math:`s_t`, :math:`a_t` and the :math:`p_t` of the steps to come. The standard deviation is
-    unbiased (N - 1) and of the raw gradients, before centring.
+    unbiased (N - 1) and of the raw gradients, before centering.
 
     Put it in front of the optimizer: ``optax.chain(autoscale(), optax.adamw(1e-3))``.
 
     Four things follow from the equations. :math:`a_t` has a singularity at :math:`s_t = 1` and
     exceeds 1 for :math:`e^{-4} < s_t < e^4`; ``max_scale=1.0`` keeps it in the range
-    :math:`(0, 1]` that the paper's convergence proof supposes. Behind Adam, which divides any
-    constant factor out, only the centring and the change of :math:`a_t` over time act. Under plain
-    SGD the mean of every eligible leaf never moves, since its gradient is centred. And where all
+    :math:`(0, 1]` that the paper's convergence proof supposes. Before Adam, which divides any
+    constant factor out, only the centering and the change of :math:`a_t` over time act. Under plain
+    SGD the mean of every eligible leaf never moves, since its gradient is centered. And where all
     gradients are 0, :math:`s_t = 0` gives :math:`a_t = 0`: updates of 0, and no NaN.
+
+    Leave out embedding tables of which a batch uses some rows only: the other rows, whose gradient
+    is 0, would get minus the layer's mean, which Adam turns into full steps, all of one sign.
+    ``autoscale(layer_axes=exclude("embedding"))`` does, with the name that the tables have in your
+    parameters; ``layer_std(params, layer_axes=rule)`` shows what a rule takes for layers.
 
     A step whose :math:`s_t` is 0 or not finite says nothing about :math:`p`, and leaves it
     undecided. NaN and infinite gradients come out as NaN; ``optax.apply_if_finite`` around the
@@ -73,9 +78,11 @@ def autoscale(
       max_scale: the largest value that :math:`a_t` may take, or None, the paper's equation as it
         stands. It may be traced.
       layer_axes: ``layer_axes(path, leaf)`` gives the axes of a gradient leaf that form one layer's
-        tensor, or None where the leaf is not eligible. By default, all axes where there are more
-        than one. Where kernels of shape ``(L, n, m)`` stack the layers that ``jax.lax.scan`` goes
-        through, give ``(1, 2)`` for them, and None for their stacked biases ``(L, m)``.
+        tensor, or None where the leaf is not eligible. By default (None) it is
+        :func:`default_layer_axes`: all axes where there is more than one. :func:`exclude` makes a
+        rule that leaves parameters out by name. Where kernels of shape ``(L, n, m)`` stack the
+        layers that ``jax.lax.scan`` goes through, give ``(1, 2)`` for them, and None for their
+        stacked biases ``(L, m)``.
       axis_name: inside ``jax.shard_map``, the mesh axes over which the leaves themselves are
         sharded, each layer's tensor over all its shards; without it each shard would take its own
         part for the whole. Not needed under ``jax.jit``, where arrays are global, nor for axes over
@@ -90,8 +97,9 @@ def autoscale(
       below about 1e-19 count as 0, and a sum of squares above 3e38 reads infinity.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path.
-      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+        ``layer_axes`` is not a function.
+      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -102,7 +110,7 @@ def autoscale(
       >>> updates, state = tx.update(grads, tx.init(params), params)
       >>> state.global_std, state.scale_factor, state.exponent
       (Array(0.01275..., dtype=float32), Array(0.841..., dtype=float32), Array(2, dtype=int32))
-      >>> updates["kernel"]  # centred, and scaled by 0.841
+      >>> updates["kernel"]  # centered, and scaled by 0.841
       Array([[-0.0131...,  0.        ],
              [ 0.0131...,  0.        ]], dtype=float32)
 
@@ -110,6 +118,7 @@ def autoscale(
       Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
       <https://arxiv.org/abs/2509.03677>`_, 2025, equations 1 and 2
     """
+    rule = checked_layer_axes(layer_axes)
 
     def update_fn(
         updates: optax.Updates,
@@ -118,7 +127,7 @@ def autoscale(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AutoscaleState]:
         del params, extra_args
-        moments = tree_moments(updates, layer_axes, axis_name)
+        moments = tree_moments(updates, rule, axis_name)
         scale, state = _next_scale(pooled_moments(moments), state, eps, max_scale)
         updates = map_layers(
             lambda grad, layer: scale.astype(grad.dtype) * (grad - layer.mean), updates, moments
@@ -129,18 +138,18 @@ def autoscale(
 
 
 def scale_by_global_std(
-    eps: jax.typing.ArrayLike = 1e-8,
     *,
+    eps: jax.typing.ArrayLike = 1e-8,
     max_scale: jax.typing.ArrayLike | None = None,
-    layer_axes: LayerAxes = default_layer_axes,
+    layer_axes: LayerAxes | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The scaling half of :func:`autoscale`, without the centring.
+    r"""The scaling half of :func:`autoscale`, without the centering.
 
     .. math:: \hat G_t^{(l)} = a_t \, G_t^{(l)} \quad \text{for } l \in S_t
 
     ``optax.chain(scale_by_global_std(), center_layers())`` is :func:`autoscale` up to rounding. The
-    other order is another method: there s_t would be of the centred gradients.
+    other order is another method: there s_t would be of the centered gradients.
 
     Args:
       eps: see :func:`autoscale`.
@@ -153,8 +162,9 @@ def scale_by_global_std(
       :class:`AutoscaleState`.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path.
-      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+        ``layer_axes`` is not a function.
+      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,6 +180,7 @@ def scale_by_global_std(
       Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
       <https://arxiv.org/abs/2509.03677>`_, 2025, equation 1
     """
+    rule = checked_layer_axes(layer_axes)
 
     def update_fn(
         updates: optax.Updates,
@@ -178,7 +189,7 @@ def scale_by_global_std(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AutoscaleState]:
         del params, extra_args
-        moments = tree_moments(updates, layer_axes, axis_name)
+        moments = tree_moments(updates, rule, axis_name)
         scale, state = _next_scale(pooled_moments(moments), state, eps, max_scale)
         updates = map_layers(lambda grad, _: scale.astype(grad.dtype) * grad, updates, moments)
         return updates, state
@@ -187,9 +198,9 @@ def scale_by_global_std(
 
 
 def center_layers(
-    *, layer_axes: LayerAxes = default_layer_axes, axis_name: AxisName = None
+    *, layer_axes: LayerAxes | None = None, axis_name: AxisName = None
 ) -> optax.GradientTransformation:
-    r"""The centring half of :func:`autoscale`: subtracts one scalar mean per layer.
+    r"""The centering half of :func:`autoscale`: subtracts one scalar mean per layer.
 
     .. math:: \tilde G_t^{(l)} = G_t^{(l)} - \mu_t^{(l)} \quad \text{for } l \in S_t
 
@@ -204,8 +215,9 @@ def center_layers(
       A transformation without state whose updates have the gradients' shapes and dtypes.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path.
-      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+        ``layer_axes`` is not a function.
+      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -221,10 +233,11 @@ def center_layers(
       Yun, `Insights from Gradient Dynamics: Gradient Autoscaled Normalization
       <https://arxiv.org/abs/2509.03677>`_, 2025, section 3.2
     """
+    rule = checked_layer_axes(layer_axes)
 
     def center(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        moments = tree_moments(updates, layer_axes, axis_name)
+        moments = tree_moments(updates, rule, axis_name)
         return map_layers(lambda grad, layer: grad - layer.mean, updates, moments)
 
     return optax.stateless(center)

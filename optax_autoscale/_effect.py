@@ -50,7 +50,7 @@ class EffectSums(NamedTuple):
 
         A constant factor before SGD gives 1, and so does the factor 0.
         """
-        # In this order it is 1 to the bit where u = r.
+        # In this order it is exactly 1 where the three sums are equal.
         cosine = _divide(self.products, self.update_squares) * self.norm_ratio
         return jnp.where(self.update_squares == 0, 1, jnp.clip(cosine, -1, 1))
 
@@ -85,11 +85,10 @@ class EffectSums(NamedTuple):
         return EffectSums(*(jnp.sum(jnp.asarray(value), axis) for value in self))
 
     def by_leaf(self, params: optax.Params) -> Any:
-        """The tree of ``params`` with, for each leaf, its own sums, from ``per_leaf=True``."""
+        """The tree of ``params`` with, for each leaf, its own sums, kept with ``per_leaf=True``."""
+        leaves = zip(*(jnp.moveaxis(jnp.asarray(value), -1, 0) for value in self), strict=True)
         treedef = jax.tree.structure(params, is_leaf=_is_none)
-        return treedef.unflatten(
-            EffectSums(*(value[..., leaf] for value in self)) for leaf in range(treedef.num_leaves)
-        )
+        return treedef.unflatten([EffectSums(*sums) for sums in leaves])
 
 
 class EffectState(NamedTuple):
@@ -124,10 +123,11 @@ def measure_effect(
       \text{cosine} = \frac{\mathrm{Re} \langle u, r \rangle}
         {\lVert u \rVert \, \lVert r \rVert}
 
-    The updates are those of ``tx``, and training is what it would be without the measurement. The
-    state holds both numbers for the latest step, ``optax.tree.get(state, "norm_ratio")`` and
-    ``"cosine"``, and the sums that they come from, ``"effect_sums"``: see :class:`EffectSums` for
-    the learning rate that explains a part of the difference, for one leaf, and for many steps.
+    The updates are those of ``tx``: to the bit on a CPU, elsewhere up to the rounding of operations
+    that the compiler fuses in another way. The state holds both numbers for the latest step,
+    ``optax.tree.get(state, "norm_ratio")`` and ``"cosine"``, and the sums that they come from,
+    ``"effect_sums"``: see :class:`EffectSums` for the learning rate that explains a part of the
+    difference, for one leaf, and for many steps.
 
     What is measured are effects per step, on *your* trajectory: at each step both sides get the
     gradients, parameters and extra arguments that ``tx`` has led to, and ``reference`` has moments
@@ -154,8 +154,8 @@ def measure_effect(
         ``optax.chain(autoscale(), optax.adamw(1e-3))``.
       reference: what to compare it with, such as ``optax.adamw(1e-3)``. It costs a state and an
         update of its own.
-      per_leaf: keep the sums of each leaf, in arrays of shape ``(leaves,)`` in the order of
-        ``jax.tree.leaves(params)``. ``effect_sums.by_leaf(params)`` gives them as a tree.
+      per_leaf: keep the sums of each leaf, in arrays of shape ``(leaves,)`` that
+        ``effect_sums.by_leaf(params)`` makes a tree of.
       axis_name: inside ``jax.shard_map``, the mesh axes over which the leaves themselves are
         sharded; see :func:`autoscale`. It is for the sums alone: ``tx`` and ``reference`` have
         their own.
@@ -163,9 +163,12 @@ def measure_effect(
     Returns:
       A transformation whose state is an :class:`EffectState`. Sums are computed in float32, or
       float64 where a leaf of the parameters is: in float32, entries below about 1e-19 count as 0,
-      and a sum of squares above 3e38 reads infinity. Integer and None leaves count as 0. Without
-      ``params`` in the update, the weights count as 0. On a sharded tree the sums take one
-      all-reduce. The two updates must have the same tree structure.
+      and a sum of squares above 3e38 reads infinity. Integer and None leaves count as 0, and so do
+      the weights where ``update`` gets no ``params``. On a sharded tree the sums take one
+      all-reduce.
+
+    Raises:
+      ValueError: at an update, where the two sides give trees of different structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -245,9 +248,10 @@ def _leaf_sums(
     sums = jax.tree.map(leaf_sums, updates, reference, params, is_leaf=_is_none)
     scalars, _ = sum_over_mesh(jax.tree.leaves(sums), axis_name)
     dtype = _widest(scalars)
-    stacked = jnp.stack([jnp.zeros([], dtype), *(scalar.astype(dtype) for scalar in scalars)])
-    # The barrier is for the time to compile: see pooled_moments.
-    return EffectSums(*jax.lax.optimization_barrier(stacked)[1:].reshape(-1, 4).T)
+    empty = jnp.zeros([0], dtype)
+    stacked = jnp.stack([scalar.astype(dtype) for scalar in scalars]) if scalars else empty
+    # The barrier is for the time to compile, as it is in pooled_moments.
+    return EffectSums(*jax.lax.optimization_barrier(stacked).reshape(-1, 4).T)
 
 
 def _product(left: Any, right: Any) -> jax.Array:
@@ -277,10 +281,12 @@ def _restore_names(
 
 
 def _is_like(tree: Any) -> Callable[[Any], bool]:
-    """Whether a node has the structure of ``tree``, up to what ``optax.masked`` leaves out."""
+    """Whether a node has the structure of ``tree``, up to leaves that it leaves out."""
 
     def structure(node: Any) -> Any:
-        return jax.tree.structure(node, is_leaf=lambda part: isinstance(part, optax.MaskedNode))
+        return jax.tree.structure(
+            node, is_leaf=lambda part: part is None or isinstance(part, optax.MaskedNode)
+        )
 
     expected = structure(tree)
     return lambda node: structure(node) == expected

@@ -1,11 +1,13 @@
 """Sums over layers and over the whole tree, from which every mean and standard deviation is read.
 
 Each leaf gives one sum and one sum of squares per layer. Nothing is concatenated or raveled, and no
-second pass waits for the first, so that XLA merges the reductions of a sharded tree into one
-all-reduce.
+second pass waits for the first (but for `centered_moments`), so that XLA merges the reductions of a
+sharded tree into one all-reduce.
 """
 
 import math
+import operator
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 KeyPath = tuple[Any, ...]  # jax.tree_util.KeyPath; its entries have no type that checkers know
-LayerAxes = Callable[[KeyPath, Any], tuple[int, ...] | None]
+LayerAxes = Callable[[KeyPath, Any], Sequence[int] | None]
 AxisName = str | Sequence[str] | None
 
 
@@ -36,6 +38,85 @@ def default_layer_axes(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
     """
     del path
     return tuple(range(jnp.ndim(leaf))) if jnp.ndim(leaf) > 1 else None
+
+
+def exclude(*names: str) -> Callable[[KeyPath, Any], tuple[int, ...] | None]:
+    """A rule for ``layer_axes``: the default one, without the parameters of these names.
+
+    A leaf is left out if one of the names is a whole part of its path, at any depth: the key of a
+    dictionary or the name of an attribute, ``"embedding"`` but not ``"embed"`` in
+    ``decoder/embedding/kernel``. A name may consist of several parts, as in
+    ``exclude("decoder/embedding")``. Haiku's slashes separate parts too, and the ``.value`` in
+    which Flax's boxes and variables end is not one of them.
+
+    A name that no path has excludes nothing: ``layer_std(params, layer_axes=exclude(...))`` shows
+    None for everything that is left out.
+
+    Args:
+      *names: one or more names, such as ``"embedding"`` for Flax's embedding tables.
+
+    Returns:
+      A function of a leaf's path and the leaf: all axes of the leaf, or None where it has fewer
+      than two or its path has one of the names.
+
+    Raises:
+      TypeError: without a name, or with one that is not a string or is empty.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"tokens": {"embedding": jnp.eye(5)}, "head": {"kernel": jnp.eye(5)}}
+      >>> layer_std(params, layer_axes=exclude("embedding"))
+      {'head': {'kernel': Array(0.408..., dtype=float32)}, 'tokens': {'embedding': None}}
+    """
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"exclude takes one or more names, as strings that are not empty: {names}")
+
+    def layer_axes(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
+        if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+            path = path[:-1]
+        parts = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}/"
+        if any(f"/{name}/" in parts for name in names):
+            return None
+        return default_layer_axes(path, leaf)
+
+    return layer_axes
+
+
+def checked_layer_axes(layer_axes: LayerAxes | None) -> LayerAxes:
+    """The rule that a user gave, or the default one for None; what it returns is checked."""
+    if layer_axes is None:
+        return default_layer_axes
+    if not callable(layer_axes):
+        raise TypeError(
+            f"layer_axes is {reprlib.repr(layer_axes)}; it must be None or a function "
+            "layer_axes(path, leaf) that gives the axes of one layer, or None for a leaf to leave "
+            'out, such as exclude("embedding")'
+        )
+
+    def checked(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
+        given, shape = layer_axes(path, leaf), jnp.shape(leaf)
+        if given is None:
+            return None
+        try:
+            axes = tuple(map(_axis, given))
+            distinct = {range(len(shape))[axis] for axis in axes}
+        except (TypeError, IndexError):
+            axes, distinct = (), set()
+        if not axes or len(distinct) < len(axes):
+            raise ValueError(
+                f"layer_axes gave {given!r} for the leaf at {jax.tree_util.keystr(path)} of shape "
+                f"{shape}; it must give one or more distinct axes of that array, as a tuple "
+                "of integers, or None to leave it out"
+            )
+        return axes
+
+    return checked
+
+
+def _axis(axis: Any) -> int:
+    if isinstance(axis, bool):
+        raise TypeError
+    return operator.index(axis)
 
 
 class Moments(NamedTuple):
@@ -63,10 +144,19 @@ class Moments(NamedTuple):
         return jnp.sqrt(jnp.maximum(variance, 0.0))
 
 
-def tree_moments(tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None) -> Any:
-    """The tree with each eligible leaf replaced by its ``Moments``, and every other one by None."""
+def tree_moments(
+    tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None, means: Any = None
+) -> Any:
+    """The tree with each eligible leaf replaced by its ``Moments``, and every other one by None.
+
+    They are those of the leaves minus ``means``, if given.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    moments = [_leaf_moments(path, leaf, layer_axes) for path, leaf in flat]
+    means = [None] * len(flat) if means is None else treedef.flatten_up_to(means)
+    moments = [
+        _leaf_moments(path, leaf, layer_axes, mean)
+        for (path, leaf), mean in zip(flat, means, strict=True)
+    ]
     layers = [layer for layer in moments if layer is not None]
     values = [value for layer in layers for value in (layer.total, layer.squares)]
     sums, shards = sum_over_mesh(values, axis_name)
@@ -77,6 +167,26 @@ def tree_moments(tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None) -
         )
     )
     return treedef.unflatten(None if layer is None else next(summed) for layer in moments)
+
+
+def centered_moments(
+    tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None
+) -> tuple[Any, Any]:
+    """The mean of each layer, and in a second pass the moments of what is left without it.
+
+    A single pass loses the deviation where the mean is large beside it. The mean is rounded, so
+    that the centered layers have a small mean too.
+    """
+    means = jax.tree.map(
+        lambda layer: layer.mean,
+        tree_moments(tree, layer_axes, axis_name),
+        is_leaf=lambda node: isinstance(node, Moments),
+    )
+    # Without the barrier XLA may merge the second sums of a leaf with the first ones of the next:
+    # one all-reduce for each leaf of a sharded tree, not two in all. On a CPU it does so all the
+    # same, as that backend removes barriers before it merges.
+    means = jax.lax.optimization_barrier(means)
+    return means, tree_moments(tree, layer_axes, axis_name, means)
 
 
 def pooled_moments(moments: Any) -> Moments:
@@ -90,29 +200,29 @@ def pooled_moments(moments: Any) -> Moments:
     )
 
 
-def map_layers(update: Callable[[jax.Array, Moments], jax.Array], grads: Any, moments: Any) -> Any:
-    """Applies ``update`` to each eligible leaf, in the precision of its moments.
+def map_layers(update: Callable[..., jax.Array], grads: Any, moments: Any, *rest: Any) -> Any:
+    """Applies ``update(grad, moments, *rest)`` to each eligible leaf, in its moments' precision.
 
     Every output leaf has its input's dtype; leaves without moments pass through as they are.
     """
 
-    def update_leaf(grad: Any, layer: Moments | None) -> Any:
+    def update_leaf(grad: Any, layer: Moments | None, *rest: Any) -> Any:
         if layer is None:
             return grad
         wide = jnp.asarray(grad, layer.total.dtype)
-        return update(wide, layer).astype(jnp.result_type(grad))
+        return update(wide, layer, *rest).astype(jnp.result_type(grad))
 
-    return jax.tree.map(update_leaf, grads, moments)
+    return jax.tree.map(update_leaf, grads, moments, *rest)
 
 
 def global_std(
-    grads: Any, *, layer_axes: LayerAxes = default_layer_axes, axis_name: AxisName = None
+    grads: Any, *, layer_axes: LayerAxes | None = None, axis_name: AxisName = None
 ) -> jax.Array:
     r"""The standard deviation of all eligible gradient entries together, s_t of the paper.
 
     .. math:: s_t = \mathrm{Std}\Big(\bigoplus_{l \in S_t} \mathrm{vec}(G_t^{(l)})\Big)
 
-    unbiased (N - 1), of the gradients as they come, before any centring.
+    unbiased (N - 1), of the gradients as they come, before any centering.
 
     Args:
       grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
@@ -121,10 +231,12 @@ def global_std(
 
     Returns:
       An array of shape ``()``; float32, or float64 where a leaf is. 0 where fewer than two entries
-      are eligible.
+      are eligible. Its accuracy is that of :func:`autoscale`.
 
     Raises:
-      TypeError: for an integer or boolean leaf; the message names its path.
+      TypeError: for an integer or boolean leaf; the message names its path. If ``layer_axes`` is
+        not a function.
+      ValueError: if ``layer_axes`` gives anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -135,16 +247,21 @@ def global_std(
       Yun, `Gradient Autoscaled Normalization <https://arxiv.org/abs/2509.03677>`_, 2025, section
       3.2, "Eligible set".
     """
-    return pooled_moments(tree_moments(grads, layer_axes, axis_name)).std
+    return pooled_moments(tree_moments(grads, checked_layer_axes(layer_axes), axis_name)).std
 
 
 def layer_std(
-    grads: Any, *, layer_axes: LayerAxes = default_layer_axes, axis_name: AxisName = None
+    grads: Any, *, layer_axes: LayerAxes | None = None, axis_name: AxisName = None
 ) -> Any:
     """The standard deviation of each eligible leaf's entries, as in the paper's Figure 1.
 
     To follow it during training, put it into the chain in front of the transformations:
-    ``optax.snapshot("layer_std", layer_std)``, and read ``optax.tree.get(state, "layer_std")``.
+    ``optax.snapshot("layer_std", layer_std)``, and read ``optax.tree.get(state, "layer_std")``. A
+    rule given to :func:`autoscale` has to be given here as well:
+    ``optax.snapshot("layer_std", functools.partial(layer_std, layer_axes=rule))``.
+
+    ``layer_std(params, layer_axes=rule)`` shows which parameters a rule takes for layers: the
+    others are None, and where a leaf stacks several layers there is a number for each.
 
     Args:
       grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
@@ -154,10 +271,13 @@ def layer_std(
     Returns:
       The tree with each eligible leaf replaced by its unbiased standard deviation, and every other
       leaf by None. An array of shape ``()``, or, where one leaf stacks several layers, of the shape
-      of the axes that ``layer_axes`` leaves out; float32, or float64 where the leaf is.
+      of the axes that ``layer_axes`` leaves out; float32, or float64 where the leaf is. Its
+      accuracy is that of :func:`autoscale`, with the mean and deviation of the layer.
 
     Raises:
-      TypeError: for an integer or boolean leaf; the message names its path.
+      TypeError: for an integer or boolean leaf; the message names its path. If ``layer_axes`` is
+        not a function.
+      ValueError: if ``layer_axes`` gives anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -168,7 +288,7 @@ def layer_std(
       Yun, `Gradient Autoscaled Normalization <https://arxiv.org/abs/2509.03677>`_, 2025, section
       2.1 and Figure 1.
     """
-    moments = tree_moments(grads, layer_axes, axis_name)
+    moments = tree_moments(grads, checked_layer_axes(layer_axes), axis_name)
     return jax.tree.map(
         lambda leaf: jnp.squeeze(leaf.std, leaf.axes),
         moments,
@@ -176,7 +296,9 @@ def layer_std(
     )
 
 
-def _leaf_moments(path: KeyPath, leaf: Any, layer_axes: LayerAxes) -> Moments | None:
+def _leaf_moments(
+    path: KeyPath, leaf: Any, layer_axes: LayerAxes, mean: jax.Array | None
+) -> Moments | None:
     dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
@@ -186,13 +308,10 @@ def _leaf_moments(path: KeyPath, leaf: Any, layer_axes: LayerAxes) -> Moments | 
     axes = layer_axes(path, leaf)
     if axes is None:
         return None
-    in_range = [axis % len(shape) for axis in axes if -len(shape) <= axis < len(shape)]
-    if len(set(in_range)) < len(axes):
-        raise ValueError(
-            f"layer_axes gave {axes} for the gradient at {jax.tree_util.keystr(path)} of shape "
-            f"{shape}; it must give distinct axes of that array, or None"
-        )
     wide = jnp.asarray(leaf, wide_dtype(dtype))
+    if mean is not None:
+        wide = wide - mean
+    axes = tuple(axes)
     return Moments(
         axes,
         math.prod(shape[axis] for axis in axes),

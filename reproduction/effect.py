@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from optax_autoscale import measure_effect
-from reproduction.report import table
+from reproduction.markdown import table
 from training import cpu, data, devices
 from training.config import Experiment, recipe
 from training.data import Dataset

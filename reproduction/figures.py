@@ -1,6 +1,7 @@
 """The figures of a study, drawn after the paper's Figures 1 to 4."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +11,83 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reproduction.groups import Group
+from reproduction.files import replacing
+from reproduction.groups import Arm, Group
 from reproduction.studies import Run
-from training.optimizers import METHODS, method_label
+from training.optimizers import METHODS
 from training.plots import STYLE, plot_layers
 
+SEEDS = "; lines are means over seeds, bands their standard deviation."
 
-def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str]]:
-    """Draws what the records allow, each as PNG and SVG; returns (name, caption) of each."""
+
+def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str, str]]:
+    """Draws what the records allow, each as PNG and SVG.
+
+    Returns:
+      Of each figure its file's name, what it shows, and the rest of its caption.
+    """
     traced = [group for group in groups if group.finished("autoscale")]
     if any(group.dataset == "cifar10" for group in traced):  # as in the paper
         traced = [group for group in traced if group.dataset == "cifar10"]
-    compared = [group for group in groups if len(group.runs) > 1]
     mapped = [group for group in traced if group.model == "vgg16_bn"] or traced[-1:]
-    seeds = "lines are means over seeds, bands their standard deviation"
-    pictures: list[tuple[str, str, Callable[[Figure, Any], None], Sequence[Group]]] = [
+    pictures: list[tuple[str, str, str, Callable[[Figure, Any], None], Sequence[Group]]] = [
         (
             "figure1",
-            "Standard deviation of each layer's gradient under Autoscale, from the first layer "
-            "(dark) to the last (bright); means over seeds.",
+            "Standard deviation of each layer's gradient under Autoscale",
+            ", from the first layer (dark) to the last (bright); means over seeds.",
             layers,
             traced,
         ),
         (
             "figure2",
-            f"Global standard deviation of the gradients under Autoscale, and its factor; {seeds}.",
+            "Global standard deviation of the gradients under Autoscale, and its factor",
+            SEEDS,
             dynamics,
             traced,
         ),
         (
             "figure3",
-            "The factor that each exponent gives for the standard deviations measured under "
-            f"Autoscale; {seeds}.",
+            "Factor that each exponent gives for the standard deviations measured under Autoscale",
+            SEEDS,
             exponents,
             mapped,
         ),
-        ("figure4", f"Test accuracy by method; {seeds}.", accuracies, compared),
+        (
+            "figure4",
+            "Test accuracy by method",
+            SEEDS,
+            accuracies,
+            [group for group in groups if len(group.shown) > 1],
+        ),
+        (
+            "effect",
+            "Norm of each method's update relative to the plain optimizer's, in the first epoch",
+            "; means over seeds.",
+            effects,
+            [group for group in groups if any(map(effect_by_step, group.shown.values()))],
+        ),
     ]
     drawn = []
-    for name, caption, picture, shown in pictures:
+    for name, title, rest, picture, shown in pictures:
         if shown:
-            with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
-                rows = 2 if picture is dynamics else 1
-                size = (1 + 3.2 * max(len(shown), 1.5), 0.6 + 2.4 * rows)
-                figure = Figure(figsize=size, layout="constrained")
+            rows = 2 if picture is dynamics else 1
+            width = len(shown) * (2 if picture is exponents else 1)
+            with figure_of(folder / name, (1 + 3.2 * max(width, 1.5), 0.6 + 2.4 * rows)) as figure:
                 picture(figure, shown)
-                figure.savefig(folder / f"{name}.png")
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-            drawn.append((name, caption))
+            drawn.append((name, title, rest))
     return drawn
+
+
+@contextlib.contextmanager
+def figure_of(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure to draw on, saved as `path` with the endings png and svg; the same to the byte."""
+    with mpl.rc_context(STYLE | {"svg.hashsalt": path.name}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        with replacing(path.with_suffix(".png")) as part:
+            figure.savefig(part, format="png")
+        with replacing(path.with_suffix(".svg")) as part:
+            figure.savefig(part, format="svg", metadata={"Date": None})
 
 
 def layers(figure: Figure, groups: Sequence[Group]) -> None:
@@ -104,17 +133,53 @@ def exponents(figure: Figure, groups: Sequence[Group]) -> None:
 def accuracies(figure: Figure, groups: Sequence[Group]) -> None:
     """Figure 4: the test accuracy by epoch and method."""
     all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    legend: dict[str, Any] = {}
     for axes, group in zip(all_axes, groups, strict=True):
-        for method in group.runs:
-            if runs := group.finished(method):
+        for arm in group.shown.values():
+            if runs := arm.finished:
                 percent = 100 * values(runs, "test_accuracy")
-                band(axes, epochs(runs), percent, method, method_label(method, group.optimizer))
+                band(axes, epochs(runs), percent, arm.method, arm.line, arm.label)
         finish(axes, group.title)
+    all_axes[0].set_ylabel("test accuracy, %")
+    common_legend(figure, all_axes)
+
+
+def effects(figure: Figure, groups: Sequence[Group]) -> None:
+    """The ratio of norms by step of the first epoch, and method."""
+    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(all_axes, groups, strict=True):
+        axes.axhline(1, color="black", linewidth=0.8)
+        for arm in group.shown.values():
+            if ratios := effect_by_step(arm):
+                mean = np.mean(ratios, axis=0)
+                color = METHODS[arm.method].color
+                axes.plot(
+                    np.arange(1, len(mean) + 1),
+                    mean,
+                    linestyle=arm.line,
+                    color=color,
+                    label=arm.label,
+                    linewidth=1.2,
+                )
+        finish(axes, group.title, xlabel="step")
+    all_axes[0].set_ylabel("norm, relative to plain")
+    common_legend(figure, all_axes)
+
+
+def effect_by_step(arm: Arm) -> list[list[float]]:
+    """The ratios of norms of each run that has them, by step of its first epoch."""
+    runs = arm.finished if arm.method != "none" else []
+    by_step = [run.records[0]["update_norm_ratio_by_step"] for run in runs]
+    return [ratios for ratios in by_step if ratios]
+
+
+def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
+    """One legend for all axes, below them."""
+    legend: dict[str, Any] = {}
+    for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    all_axes[0].set_ylabel("test accuracy, %")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(groups) + 2)
+    columns = len(all_axes) + 2
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns)
 
 
 def epochs(runs: Sequence[Run]) -> list[int]:
@@ -126,11 +191,13 @@ def values(runs: Sequence[Run], name: str) -> np.ndarray:
     return np.array([[record[name] for record in run.records] for run in runs], float)
 
 
-def band(axes: Axes, x: Sequence[int], y: np.ndarray, method: str, name: str = "") -> None:
+def band(
+    axes: Axes, x: Sequence[int], y: np.ndarray, method: str, line: Any = None, name: str = ""
+) -> None:
     """Draws the mean over the first axis of `y`, and its standard deviation around it."""
     look = METHODS[method]
     mean, std = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
-    axes.plot(x, mean, linestyle=look.line, color=look.color, label=name, linewidth=1.5)
+    axes.plot(x, mean, linestyle=line or look.line, color=look.color, label=name, linewidth=1.5)
     axes.fill_between(x, mean - std, mean + std, color=look.color, alpha=0.08, linewidth=0)
 
 

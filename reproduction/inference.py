@@ -26,12 +26,11 @@ test accuracies in percent, by method and seed, None or NaN for a run that diver
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
-from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 POWER = 0.8
@@ -202,15 +201,20 @@ class Welch(NamedTuple):
 def welch(accuracies: Accuracies, method: str, baseline: str) -> Welch:
     """Welch's test over all runs that finished; NaN with fewer than two on a side."""
     finished = _finished(accuracies)
-    ours, others = (
+    samples = [
         np.array([value for (arm, _), value in finished.items() if arm == name])
         for name in (method, baseline)
-    )
-    if min(len(ours), len(others)) < 2 or ours.std() + others.std() < RESOLUTION:
+    ]
+    if min(map(len, samples)) < 2 or sum(values.std() for values in samples) < RESOLUTION:
         return Welch(math.nan, math.nan, math.nan, math.nan)
-    test: Any = stats.ttest_ind(ours, others, equal_var=False)
-    interval = test.confidence_interval(1 - ALPHA)
-    return Welch(ours.mean() - others.mean(), interval.low, interval.high, float(test.pvalue))
+    # By hand, as SciPy warns of a sample whose values are all the same.
+    squares = [values.var(ddof=1) / len(values) for values in samples]
+    df = sum(squares) ** 2 / sum(
+        square**2 / (len(values) - 1) for square, values in zip(squares, samples, strict=True)
+    )
+    difference, error = float(samples[0].mean() - samples[1].mean()), math.sqrt(sum(squares))
+    estimate = Estimate(difference, error, float(df), math.nan, sum(map(len, samples)))
+    return Welch(difference, *estimate.interval(), estimate.p_value)
 
 
 class Comparison(NamedTuple):
@@ -306,14 +310,12 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
       >>> holm({"a": 0.01, "b": 0.03, "c": float("nan")})
       {'a': 0.03, 'b': 0.06, 'c': nan}
     """
-    if not p_values:
-        return {}
-    known = [1.0 if math.isnan(value) else value for value in p_values.values()]
-    corrected: Any = multipletests(known, method="holm")[1]
-    return {
-        key: math.nan if math.isnan(value) else float(new)
-        for (key, value), new in zip(p_values.items(), corrected, strict=True)
-    }
+    known = {key: 1.0 if math.isnan(value) else value for key, value in p_values.items()}
+    corrected, largest = {}, 0.0
+    for tests_before, key in enumerate(sorted(known, key=known.__getitem__)):
+        largest = max(largest, min(1.0, (len(known) - tests_before) * known[key]))
+        corrected[key] = largest
+    return {key: math.nan if math.isnan(p_values[key]) else corrected[key] for key in p_values}
 
 
 def verdict_on_difference(
@@ -461,11 +463,11 @@ def roughness(curve: Sequence[float], changes: int = 10) -> float:
 
 
 class Stability(NamedTuple):
-    """A method's stability beside a rival's, on shared seeds."""
+    """A method's stability beside a baseline's, on shared seeds."""
 
-    diverged: tuple[int, int]  # runs of the method, and of the rival
+    diverged: tuple[int, int]  # runs of the method, and of the baseline
     seeds: int
-    only: tuple[int, int]  # seeds in which the method alone diverged, and the rival alone
+    only: tuple[int, int]  # seeds in which the method alone diverged, and the baseline alone
     roughness: Estimate  # its difference, over the seeds in which both finished; in points
 
     @property
@@ -477,7 +479,7 @@ class Stability(NamedTuple):
 def compare_stability(
     curves: Mapping[str, Mapping[int, Sequence[float] | None]],
     method: str,
-    rival: str,
+    baseline: str,
     *,
     changes: int = 10,
 ) -> Stability:
@@ -486,13 +488,13 @@ def compare_stability(
     Args:
       curves: test accuracy in percent by epoch, by method and seed; None for a run that diverged.
       method: what is compared,
-      rival: and with what.
+      baseline: and with what.
       changes: as in :func:`roughness`.
     """
     pairs = [
-        (ours, curves[rival][seed])
+        (ours, curves[baseline][seed])
         for seed, ours in curves[method].items()
-        if seed in curves[rival]
+        if seed in curves[baseline]
     ]
     return Stability(
         (sum(ours is None for ours, _ in pairs), sum(theirs is None for _, theirs in pairs)),
@@ -512,7 +514,7 @@ def compare_stability(
 
 
 def verdict_on_stability(stability: Stability, alpha: float = ALPHA) -> Verdict:
-    """Judges "stabler than the rival".
+    """Judges "stabler than the baseline".
 
     Two outcomes, each at ``alpha / 2``: which diverges more often, and whose late epochs are
     rougher. *Supported* if at least one is significantly in favor of the method, none significantly
@@ -521,15 +523,15 @@ def verdict_on_stability(stability: Stability, alpha: float = ALPHA) -> Verdict:
     """
     if stability.seeds < 2:
         return "not tested"
-    alone, rival_alone = stability.only
+    alone, baseline_alone = stability.only
     outcomes = [
-        np.sign(alone - rival_alone) * (stability.divergence_p_value < alpha / 2),
+        np.sign(alone - baseline_alone) * (stability.divergence_p_value < alpha / 2),
         np.sign(stability.roughness.value) * (stability.roughness.p_value < alpha / 2),
     ]
     outcomes = [int(outcome) if math.isfinite(outcome) else 0 for outcome in outcomes]
-    if -1 in outcomes and 1 not in outcomes and alone <= rival_alone:
+    if -1 in outcomes and 1 not in outcomes and alone <= baseline_alone:
         return "supported"
-    if 1 in outcomes and -1 not in outcomes and rival_alone <= alone:
+    if 1 in outcomes and -1 not in outcomes and baseline_alone <= alone:
         return "contradicted"
     return "not distinguished"
 

@@ -1,35 +1,21 @@
 """The report of a study: its tables, from the records alone."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestIndPower
 
-from reproduction import figures
-from reproduction.groups import Group, group
+from reproduction import figures, inference, markdown
+from reproduction.contrasts import STRONGER, Contrast, Family, Kind, families
+from reproduction.files import replacing
+from reproduction.groups import Arm, Group, group
+from reproduction.inference import ALPHA, MARGIN, POWER, Comparison
 from reproduction.studies import PAPER_ACCURACY, STUDIES, Run, read
 from training.data import DATASETS
-from training.optimizers import METHODS, OPTIMIZERS, method_label
+from training.optimizers import METHODS, OPTIMIZERS
 
-LEVEL = 0.05  # of significance, over all comparisons of a study together
-POWER = 0.8
-
-
-class Comparison(NamedTuple):
-    """The difference of a method's mean accuracy to that of the plain optimizer, in points."""
-
-    group: Group
-    method: str
-    difference: float
-    low: float  # of its 95 % confidence interval
-    high: float
-    p_value: float  # Welch's test
-    corrected: float  # by Holm, over all comparisons of the study
+FIXED_BEFORE = ("cifar100", "paper")  # studies whose tests were chosen before their first run
+TEST_IMAGES = {"digits": 360, "cifar10": 10_000, "cifar100": 10_000}
 
 
 def write_report(preset: str, folder: Path) -> None:
@@ -50,258 +36,363 @@ def write_report(preset: str, folder: Path) -> None:
         raise ValueError(
             f"{folder} holds no records; make them with reproduce.py --preset {preset}"
         )
-    study, groups = STUDIES[preset], group(runs)
-    pictures = figures.draw(groups, folder)
-    comparisons = compare(groups)
-    sections = [
-        f"# {study.title}\n\n{summary(preset, runs)}",
-        "## Test accuracy after the last epoch\n\n"
-        + "\n\n".join(accuracy_table(each, comparisons) for each in groups),
-        f"## What the records support\n\n{conclusions(groups, comparisons)}",
-        f"## Time per step\n\n{time_table(groups)}",
-    ]
-    if exponents := exponent_rows(groups):
-        header = ["runs", "method", "$p_t$ of each seed, in order"]
-        sections.append(f"## Exponents\n\n{table(header, exponents)}")
-    if pictures:
-        shown = [
-            f"![{caption}]({name}.png)\n\n*{caption} Scale: {study.scale}.*"
-            for name, caption in pictures
-        ]
-        sections.append("\n\n".join(["## Figures", *shown]))
-    (folder / "REPORT.md").write_text("\n\n".join(sections) + "\n")
-
-
-def compare(groups: Sequence[Group]) -> list[Comparison]:
-    """Every method with the plain optimizer, where both have runs enough."""
-    tested = []
-    for each in groups:
-        for method in each.runs:
-            if method == "none" or "none" not in each.runs:
-                continue
-            ours, plain = accuracies(each, method), accuracies(each, "none")
-            if min(len(ours), len(plain)) < 2 or ours.std() + plain.std() == 0:
-                continue
-            test: Any = stats.ttest_ind(ours, plain, equal_var=False)
-            interval = test.confidence_interval(0.95)
-            difference = ours.mean() - plain.mean()
-            tested.append((each, method, difference, interval.low, interval.high, test.pvalue))
-    corrected: Any = []
-    if tested:
-        _, corrected, *_ = multipletests([row[-1] for row in tested], method="holm")
-    return [
-        Comparison(*row, corrected=p_value) for row, p_value in zip(tested, corrected, strict=True)
-    ]
+    study, groups = STUDIES[preset], group(STUDIES[preset], runs)
+    compared = families(preset, groups)
+    groups = [each for each in groups if each.shown]
+    sections = {
+        f"# {study.title}": summary(preset, runs),
+        "## The plan": study.plan,
+        "## Test accuracy after the last epoch": accuracy_section(groups),
+        "## Differences": difference_section(compared, preset in FIXED_BEFORE),
+        "## What each method did to the plain optimizer's steps": effect_section(groups),
+        "## Secondary outcomes": secondary_section(groups) if study.plan else "",
+        "## Time per step": time_section(groups),
+        "## Exponents": exponent_section(groups),
+        "## Figures": figure_section(groups, folder, study.scale),
+    }
+    text = "\n\n".join(f"{title}\n\n{section}" for title, section in sections.items() if section)
+    with replacing(folder / "REPORT.md") as part:
+        part.write_text(text + "\n")
 
 
 def summary(preset: str, runs: Sequence[Run]) -> str:
     """What was run, how much of it, and on what."""
-    study = STUDIES[preset]
-    count = len(study.experiments())
-
-    def every(key: str) -> str:
-        return ", ".join(sorted({str(run.description[key]) for run in runs}))
-
-    versions = sorted(
-        {
-            ", ".join(
-                f"{package} {run.description['versions'][package]}"
-                for package in ("python", "jax", "flax", "optax")
-            )
-            for run in runs
-        }
-    )
-    hours = sum(record["seconds"] for run in runs for record in run.records) / 3600
-    recipes = {
-        (
-            DATASETS[it.dataset].label,
-            it.epochs,
-            it.batch_size,
-            it.learning_rate,
-            OPTIMIZERS[it.optimizer].label,
-            it.decay_epochs,
+    study, planned = STUDIES[preset], STUDIES[preset].experiments()
+    names = {run.experiment.name for run in runs}
+    there = sum(experiment.name in names for experiment in planned)
+    state = f"All {len(planned)} planned runs are in."
+    if there < len(planned):
+        state = (
+            f"{there} of the {len(planned)} planned runs are in. A difference is tested when all "
+            "runs that its test needs are."
         )
+    if more := len(runs) - there:
+        state += f" {markdown.count(more, 'run')} beyond the plan are shown, and not compared."
+    versions = {
+        ", ".join(
+            f"{package} {run.description['versions'][package]}"
+            for package in ("python", "jax", "flax", "optax")
+        )
+        for run in runs
+    }
+    recipes = {
+        f"{DATASETS[it.dataset].label}: {markdown.count(it.epochs, 'epoch')}, batches of "
+        f"{it.batch_size}, {OPTIMIZERS[it.optimizer].label} with learning rate "
+        f"{it.learning_rate:g}, multiplied by 0.75 every {it.decay_epochs:g} epochs."
         for it in (run.experiment for run in runs)
     }
+    devices = {f"{run.description['device_count']} x {run.description['device']}" for run in runs}
+    hours = sum(record["seconds"] for run in runs for record in run.records) / 3600
+    commits = {short(run.description["commit"]) for run in runs}
     lines = [
-        f"Scale: {study.scale}. {len(runs)} runs; the study has {count}.",
-        "",
-        *(
-            f"- {dataset}: {epochs} epochs, batches of {size}, {optimizer} at a rate of "
-            f"{rate:g}, times 0.75 every {decay:g} epochs."
-            for dataset, epochs, size, rate, optimizer, decay in sorted(recipes)
-        ),
-        f"- Device: {every('device_count')} x {every('device')}; {hours:.1f} hours of training and "
-        "evaluation in all.",
-        *(f"- {text[0].upper()}{text[1:]}." for text in versions),
-        f"- Commit: {every('commit')}.",
-        "",
-        "```sh",
-        f"python reproduce.py --preset {preset}  # makes the runs that are missing",
+        *sorted(recipes),
+        f"Devices: {', '.join(sorted(devices))}; {hours:.1f} hours of training and evaluation.",
+        *(f"{each.capitalize()}." for each in sorted(versions)),
+        f"Commit: {', '.join(sorted(commits))}.",
+    ]
+    commands = [
+        f"python reproduce.py --preset {preset}  # run what is missing",
         f"python reproduce.py --preset {preset} --report  # this page, from the records beside it",
-        "python reproduce.py --preset paper  # the paper's own scale",
-        "```",
     ]
-    return "\n".join(lines)
+    if preset != "paper":
+        commands.append("python reproduce.py --preset paper  # the paper's own scale")
+    return "\n\n".join(
+        [
+            f"Scale: {study.scale}. {state}",
+            "\n".join(f"- {line}" for line in lines),
+            "\n".join(["```sh", *commands, "```"]),
+        ]
+    )
 
 
-def accuracy_table(each: Group, comparisons: Sequence[Comparison]) -> str:
-    """The group's accuracies, beside the paper's where it has any."""
-    papers = PAPER_ACCURACY.get(each.model, {}) if each.optimizer == "adamw" else {}
-    papers = {method: papers.get(method) for method in each.runs}
-    with_paper = each.dataset != "cifar10" and all(papers.values())
-    plain = method_label("none", each.optimizer)
-    header = [
-        "method",
-        *(["paper (CIFAR-100)"] if with_paper else []),
-        "mean",
-        "std",
-        "n",
-        "95 % interval",
-    ]
-    header += [f"difference to {plain}", "Welch p", "Holm p"]
-    rows = []
-    for method in each.runs:
-        ours = accuracies(each, method)
-        found = [c for c in comparisons if c.group is each and c.method == method]
-        row = [method_label(method, each.optimizer)]
-        row += [number(papers[method])] if with_paper else []
-        row += [number(ours.mean() if len(ours) else None)]
-        row += [number(ours.std(ddof=1) if len(ours) > 1 else None), str(len(ours))]
-        row += [interval(*mean_interval(ours))]
-        if found:
-            (test,) = found
-            row += [f"{test.difference:+.2f} ({interval(test.low, test.high, sign=True)})"]
-            row += [p_text(test.p_value), p_text(test.corrected)]
-        else:
-            row += ["-"] * 3
-        rows.append(row)
-    text = f"**{each.title}**, top-1 test accuracy in %\n\n{table(header, rows)}"
+def short(commit: str | None) -> str:
+    """A commit's id as people read it.
+
+    >>> short("f2f4ca1a5ec737719d3260e2e7f02ed80c563a95-dirty")
+    'f2f4ca1-dirty'
+    """
+    name, mark, dirty = str(commit).partition("-")
+    return name[:7] + mark + dirty
+
+
+def accuracy_section(groups: Sequence[Group]) -> str:
+    """The accuracies of each method, beside the paper's where it has any."""
+    images = {
+        f"{DATASETS[each.dataset].label} has {TEST_IMAGES[each.dataset]:,} test images, "
+        f"{100 / TEST_IMAGES[each.dataset]:.2f} points each."
+        for each in groups
+    }
+    intro = "In %: mean ± standard deviation, number of runs, 95% interval of the mean."
+    parts = [" ".join([intro, *sorted(images)])]
+    for each in groups:
+        papers = PAPER_ACCURACY.get(each.model, {}) if each.optimizer == "adamw" else {}
+        if each.dataset == "cifar10" or {arm.method for arm in each.shown.values()} - set(papers):
+            papers = {}
+        rows = []
+        for arm in each.shown.values():
+            values = [100 * run.records[-1]["test_accuracy"] for run in arm.finished]
+            row = [arm.label, markdown.spread(values), str(len(values))]
+            row.append(markdown.between(*inference.mean(values).interval()))
+            rows.append([*row, f"{papers[arm.method]:.2f}"] if papers else row)
+        header = ["method", "accuracy", "n", "95% interval"]
+        header += ["paper, CIFAR-100"] if papers else []
+        parts.append(f"**{each.title}**\n\n{markdown.table(header, rows)}")
     diverged = [
-        f"{method_label(method, each.optimizer)}, seed {run.experiment.seed}: "
-        f"{run.description['diverged'].partition(';')[0]}"
-        for method, runs in each.runs.items()
-        for run in runs
+        f"- {each.title}, {arm.label}, seed {seed}: {run.description['diverged'].partition(';')[0]}"
+        for each in groups
+        for arm in each.shown.values()
+        for seed, run in arm.runs.items()
         if run.description["diverged"]
     ]
-    return "\n\nDiverged, and not in the table: ".join(
-        [text, *(["; ".join(diverged)] * bool(diverged))]
-    )
+    if diverged:
+        parts.append("\n".join(["Diverged, and not in these means:", "", *diverged]))
+    return "\n\n".join(parts)
 
 
-def conclusions(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> str:
-    """Which differences hold after the correction, and how large one had to be to be seen."""
-    lines = [
-        "Welch's t-test of each method with the plain optimizer, two-sided; Holm's correction over "
-        f"the {len(comparisons)} comparisons of this page; supported means corrected p < {LEVEL}."
-        if comparisons
-        else "One run each: nothing can be tested, and no difference is claimed."
+def difference_section(compared: Sequence[Family], fixed_before: bool) -> str:
+    """The differences by family, and what may be said of them."""
+    parts = [
+        "Differences are taken within seeds: methods share initial parameters and batches. A "
+        "linear model of seed and method gives them, with one residual variance for the methods "
+        "of a table. *Detectable* is the true difference that the test finds with a probability "
+        f"of {POWER:.0%}. Welch's interval ignores the pairing, and only describes."
     ]
-    for each in groups:
-        tests = [test for test in comparisons if test.group is each]
-        if not tests:
-            continue
-        supported = [test for test in tests if test.corrected < LEVEL]
-        plain = method_label("none", each.optimizer)
-        if supported:
-            found = "; ".join(
-                f"{method_label(test.method, each.optimizer)} is "
-                f"{'above' if test.difference > 0 else 'below'} {plain} by "
-                f"{abs(test.difference):.2f} points"
-                for test in supported
-            )
-            rest = "" if len(supported) == len(tests) else "; the other differences are not"
-            text = f"supported: {found}{rest}."
-        else:
-            text = f"no difference to {plain} is supported."
-        lines.append(f"- {each.title}: {text} {detectable(each, len(comparisons))}")
-    return "\n".join([lines[0], "", *lines[1:]]).strip()
+    if not fixed_before:
+        parts[0] += " This analysis was chosen after the study had first been run."
+    for family in compared:
+        text = {
+            "primary": f"One test, at {ALPHA:g}.",
+            "family": f"One family of {markdown.count(len(family.contrasts), 'test')}, with Holm's "
+            f"correction at {ALPHA:g}.",
+            "descriptive": "Described, not tested.",
+            "exploratory": "Exploratory: neither planned nor tested.",
+        }[family.kind]
+        parts.append(f"### {family.title}\n\n{text}")
+        groups = {each.group.title: each.group for each in family.contrasts}
+        for title, each in groups.items():
+            contrasts = [contrast for contrast in family.contrasts if contrast.group is each]
+            parts += [f"**{title}**", *difference_table(contrasts)]
+            if words := conclusion(family.kind, contrasts):
+                parts.append(words)
+    return "\n\n".join(parts)
 
 
-def detectable(each: Group, comparisons: int) -> str:
-    """The smallest difference that would probably have been found, in words."""
-    samples = [values for method in each.runs if len(values := accuracies(each, method)) > 1]
-    count = min(map(len, samples))
-    spread = math.sqrt(np.mean([values.var(ddof=1) for values in samples]))
-    effect = TTestIndPower().solve_power(
-        nobs1=count, alpha=LEVEL / comparisons, power=POWER, alternative="two-sided"
-    )
-    return (
-        f"With {count} seeds and the spread seen here (standard deviation {spread:.2f}), a true "
-        f"difference of {effect * spread:.1f} points would be found with a probability of "
-        f"{POWER:.0%}, a smaller one less often."
-    )
-
-
-def exponent_rows(groups: Sequence[Group]) -> list[list[str]]:
-    """The exponents that the first step of each run decided on."""
-    return [
-        [
-            each.title,
-            method_label(method, each.optimizer),
-            " ".join(str(run.records[-1]["exponent"]) if run.records else "-" for run in runs),
-        ]
-        for each in groups
-        for method, runs in each.runs.items()
-        if any(run.records and run.records[-1]["exponent"] is not None for run in runs)
-    ]
-
-
-def time_table(groups: Sequence[Group]) -> str:
-    """Milliseconds of a step by method: medians over the epochs of all seeds."""
-    methods = [method for method in METHODS if any(method in g.runs for g in groups)]
+def difference_table(contrasts: Sequence[Contrast]) -> list[str]:
+    """The contrasts of a family in one group; nothing while their runs are missing."""
+    contrasts = [each for each in contrasts if not each.comparison.missing]
+    tested = any(np.isfinite(each.corrected) for each in contrasts)
+    several = any(each.family > 1 for each in contrasts)
     rows = []
-    for method in methods:
-        row = [METHODS[method].label]
-        for each in groups:
-            times = {
-                name: np.median(
+    for each in contrasts:
+        row = [" minus ".join(each.labels), difference(each.comparison)]
+        if tested:
+            p_values = (each.comparison.p_value, each.corrected)[: 1 + several]
+            row.append(", ".join(map(markdown.p_value, p_values)))
+            detectable = each.comparison.estimate.detectable(ALPHA / each.family)
+            known = not any(each.comparison.diverged) and np.isfinite(detectable)
+            row.append(f"{detectable:.1f}" if known else "-")
+        arms = each.group.accuracies((each.method, each.baseline))
+        welch = inference.welch(arms, each.method, each.baseline)
+        rows.append([*row, markdown.between(welch.low, welch.high, "+z.2f")])
+    header = ["in points", "difference (95% interval)"]
+    header += ["p, Holm" if several else "p", "detectable"] if tested else []
+    return [markdown.table([*header, "Welch's 95% interval"], rows)] if rows else []
+
+
+def difference(comparison: Comparison) -> str:
+    """A difference with its interval; or, if runs diverged, how often each method is above."""
+    estimate = comparison.estimate
+    if any(comparison.diverged):
+        return (
+            f"diverged: {comparison.diverged[0]} and {comparison.diverged[1]}; above in "
+            f"{comparison.above}, below in {comparison.below} of "
+            f"{markdown.count(comparison.above + comparison.below + comparison.ties, 'seed')}"
+        )
+    if np.isnan(estimate.standard_error):
+        known = np.isfinite(estimate.value)
+        return f"{estimate.value:+z.2f} ({markdown.count(estimate.n, 'seed')})" if known else "-"
+    return f"{estimate.value:+z.2f} ({markdown.between(*estimate.interval(), '+z.2f')})"
+
+
+def conclusion(kind: Kind, contrasts: Sequence[Contrast]) -> str:
+    """What may be said of the contrasts of a family in one group, in words."""
+    first = contrasts[0]
+    if kind == "primary":
+        return inference.in_words(first.comparison, *first.labels)
+    if not first.family:
+        return nearer(first.group) if STRONGER in first.group.arms else ""
+    if missing := first.comparison.missing:
+        return f"{markdown.count(missing, 'planned run')} not in yet; the tests wait."
+    tested = [each for each in contrasts if np.isfinite(each.corrected)]
+    if not tested:
+        return "Nothing can be tested, and no difference is claimed."
+    claimed = [
+        f"{each.labels[0]} {side(each)} {each.labels[1]}" for each in tested if each.significant
+    ]
+    diverged = [each for each in tested if any(each.comparison.diverged)]
+    sentences = ["No significant difference" + (" where all runs finished." if diverged else ".")]
+    if claimed:
+        sentences = [f"**Significant: {'; '.join(claimed)}.**"]
+    if close := [" and ".join(each.labels) for each in tested if each.equivalent]:
+        margin = markdown.count(int(MARGIN), "point")
+        sentences.append(f"Equivalent within {margin}: {'; '.join(close)}.")
+    sentences += [
+        inference.in_words(each.comparison, *each.labels, corrected=each.corrected)
+        for each in diverged
+    ]
+    return " ".join(sentences)
+
+
+def side(contrast: Contrast) -> str:
+    """On which side of the baseline a method is."""
+    comparison = contrast.comparison
+    if any(comparison.diverged):
+        return "above" if comparison.above > comparison.below else "below"
+    return "above" if comparison.estimate.value > 0 else "below"
+
+
+def nearer(each: Group) -> str:
+    """Whether `autoscale` is nearer to the plain or to the stronger penalty."""
+    arms = each.accuracies(each.arms)
+    middle = {"autoscale": 1.0, "none": -0.5, STRONGER: -0.5}
+    estimate = inference.linear_contrast(arms, middle)
+    apart = inference.linear_contrast(arms, {STRONGER: 1, "none": -1}).value
+    low, high = estimate.interval()
+    if np.isnan(low) or apart == 0:
+        return ""
+    close = "stronger" if estimate.value * apart > 0 else "plain"
+    text = (
+        f"Autoscale minus the midpoint of {each.arms['none'].label} and "
+        f"{each.arms[STRONGER].label} is {estimate.value:+z.2f} points (95% interval "
+        f"{markdown.between(low, high, '+z.2f')}, {markdown.count(estimate.n, 'seed')}): "
+    )
+    if low < 0 < high:
+        return f"{text}these runs do not say to which of the two it is nearer."
+    return f"{text}it is nearer to the {close} penalty."
+
+
+def effect_section(groups: Sequence[Group]) -> str:
+    """How the methods' updates differ from the plain optimizer's."""
+    parts = []
+    for each in groups:
+        rows = [
+            [
+                arm.label,
+                *(
+                    f"{values[0]:.3f}, {values[-1]:.3f}, {values.mean():.3f}"
+                    for values in effect(arm)
+                ),
+            ]
+            for arm in measured(each)
+        ]
+        if rows:
+            header = ["method", "ratio of norms", "cosine", "1 - cosine²"]
+            parts.append(f"**{each.title}**\n\n{markdown.table(header, rows)}")
+    if not parts:
+        return ""
+    intro = (
+        "The update taken, beside the one that the plain optimizer would have taken on the same "
+        "gradients: in the first epoch, in the last, and the mean over epochs; means over seeds. "
+        "1 - cosine² is the share of the update that no learning rate explains. Both sides hold "
+        "the weight decay."
+    )
+    return "\n\n".join([intro, *parts])
+
+
+def effect(arm: Arm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By epoch, means over seeds: ratio of norms, cosine, and 1 - cosine²."""
+    ratios = figures.values(arm.finished, "update_norm_ratio")
+    cosines = figures.values(arm.finished, "update_cosine")
+    return ratios.mean(0), cosines.mean(0), (1 - cosines**2).mean(0)
+
+
+def measured(each: Group) -> list[Arm]:
+    """The arms whose effect was recorded; the plain optimizer has none."""
+    return [
+        arm
+        for arm in each.shown.values()
+        if arm.method != "none" and arm.finished
+        if all(run.records[-1]["update_norm_ratio"] is not None for run in arm.finished)
+    ]
+
+
+def secondary_section(groups: Sequence[Group]) -> str:
+    """Outcomes that are described only."""
+    parts = ["Described, not tested: mean ± standard deviation over the runs that finished."]
+    for each in groups:
+        rows = [
+            [
+                arm.label,
+                markdown.spread([run.records[-1]["test_loss"] for run in arm.finished], 3),
+                markdown.spread(
                     [
-                        1000 * run.experiment.batch_size / record["images_per_second"]
-                        for run in each.runs.get(name, ())
-                        for record in run.records
+                        100
+                        * float(np.mean([record["test_accuracy"] for record in run.records[-3:]]))
+                        for run in arm.finished
                     ]
-                    or [math.nan]
-                )
-                for name in (method, "none")
-            }
-            ratio = times[method] / times["none"]
-            row.append("-" if math.isnan(ratio) else f"{times[method]:.0f} ms (x{ratio:.2f})")
-        rows.append(row)
+                ),
+            ]
+            for arm in each.shown.values()
+        ]
+        header = ["method", "test loss", "accuracy, last three epochs"]
+        parts.append(f"**{each.title}**\n\n{markdown.table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def time_section(groups: Sequence[Group]) -> str:
+    """Milliseconds of a step by method: medians over the epochs of all seeds."""
+
+    def median(each: Group, key: str) -> float:
+        times = [
+            1000 * run.experiment.batch_size / record["images_per_second"]
+            for run in (each.arms[key].runs.values() if key in each.arms else ())
+            if not run.experiment.effect  # measuring it takes time of its own
+            for record in run.records
+        ]
+        return float(np.median(times)) if times else np.nan
+
+    keys = {key: arm for each in groups for key, arm in each.shown.items()}
+    rows = []
+    for method, spec in METHODS.items():
+        if method in keys:
+            row = ["the plain optimizer" if method == "none" else spec.label]
+            for each in groups:
+                time = median(each, method)
+                ratio = f" (x{time / median(each, 'none'):.2f})" if "none" in each.arms else ""
+                row.append("-" if np.isnan(time) else f"{time:.0f} ms{ratio}")
+            rows.append(row)
+    if all(cell == "-" for row in rows for cell in row[1:]):
+        return ""
     return (
         "Medians over all epochs, with the ratio to the plain optimizer, as the machine gave them; "
         "other work may have run beside it. `benchmarks/overhead.py` compares the methods "
-        "fairly.\n\n" + table(["method", *(each.title for each in groups)], rows)
+        "fairly. Runs whose effect was measured are left out.\n\n"
+        + markdown.table(["method", *(each.title for each in groups)], rows)
     )
 
 
-def accuracies(each: Group, method: str) -> np.ndarray:
-    """Final test accuracies in percent, of shape `(seeds,)`; diverged runs are left out."""
-    return np.array([100 * run.records[-1]["test_accuracy"] for run in each.finished(method)])
+def exponent_section(groups: Sequence[Group]) -> str:
+    """The exponents that the first step of each run decided on."""
+    rows = [
+        [
+            each.title,
+            arm.label,
+            " ".join(
+                str(run.records[-1]["exponent"]) if run.records else "-"
+                for run in arm.runs.values()
+            ),
+        ]
+        for each in groups
+        for arm in each.shown.values()
+        if any(run.records and run.records[-1]["exponent"] is not None for run in arm.runs.values())
+    ]
+    return markdown.table(["runs", "method", "$p_t$ of each seed, in order"], rows) if rows else ""
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % confidence interval of the mean, by Student's t."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return values.mean() - half, values.mean() + half
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def interval(low: float, high: float, *, sign: bool = False) -> str:
-    form = "+.2f" if sign else ".2f"
-    return "-" if math.isnan(low) else f"{low:{form}} to {high:{form}}"
-
-
-def p_text(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def figure_section(groups: Sequence[Group], folder: Path, scale: str) -> str:
+    """Draws the figures, and shows them."""
+    shown = [
+        f"![{title}]({name}.png)\n\n*{title}{rest}*"
+        for name, title, rest in figures.draw(groups, folder)
+    ]
+    return "\n\n".join([f"Scale of all: {scale}.", *shown]) if shown else ""

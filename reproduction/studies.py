@@ -3,13 +3,21 @@
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from models import MODELS
-from training.config import Experiment, option, recipe
+from reproduction.files import replacing
+from training.config import Experiment, experiment_of, option, recipe
 from training.data import DATASETS
 from training.record import SCHEMA, Record, RecordError, parse_records, read_records
+
+# The first line of a record file.
+DESCRIPTION = (
+    *("schema", "config", "command", "num_classes", "channels"),
+    *("versions", "device", "device_count", "commit", "diverged"),
+)
 
 # The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
 PAPER_ACCURACY = {
@@ -227,7 +235,7 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
       The run, as `read_run` reads it from the file.
 
     Raises:
-      RecordError: if the folder does not hold the records of all epochs.
+      RecordError: if the folder does not hold the records of all epochs; nothing is written then.
     """
     default = dataclasses.asdict(recipe(experiment.dataset, experiment.optimizer))
     options = dataclasses.asdict(experiment)
@@ -244,11 +252,16 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
     }
     # A run that diverged in its first epoch has no records.
     records = read_records(folder) if (folder / "metrics.jsonl").exists() else []
+    if len(records) != experiment.epochs and not diverged:
+        raise RecordError(
+            f"{folder / 'metrics.jsonl'} has {len(records)} of {experiment.epochs} epochs; "
+            f"remove {folder} to rerun"
+        )
+    lines = [json.dumps(line) for line in (description, *records)]
+    run = _parse(lines, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in (description, *records)))
-    run = read_run(part)
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text("".join(line + "\n" for line in lines))
     return run
 
 
@@ -256,27 +269,47 @@ def read_run(path: Path) -> Run:
     """A finished run, from its record file.
 
     Raises:
-      RecordError: if the file is not such a record.
+      RecordError: if the file is not such a record, or not of the run that it is named after.
     """
     try:
-        first, *lines = path.read_text().splitlines()
-        description = json.loads(first)
-        if description["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {description['schema']}, not {SCHEMA}")
-        experiment = Experiment(**description.pop("config"))
-        experiment.validate()
-        records = parse_records(lines, path)
-        if len(records) != experiment.epochs and not description["diverged"]:
-            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
-        return Run(experiment, description, records)
-    except RecordError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecordError(
-            f"{path} is not the record of a run: {error}; delete it to rerun"
-        ) from error
+        run = _parse(path.read_bytes().splitlines(), path)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    if path.stem != run.experiment.name:
+        raise RecordError(f"{path} is the record of {run.experiment.name}; move it away")
+    return run
 
 
 def read(folder: Path) -> dict[str, Run]:
-    """The finished runs of a study by name, in the order of their names."""
+    """The finished runs of a study by name, in the order of their names.
+
+    Raises:
+      RecordError: if a file is not the record of a run.
+    """
     return {path.stem: read_run(path) for path in sorted(folder.glob("*.jsonl"))}
+
+
+def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
+    """A finished run, from the lines of its record file `path`; raises RecordError."""
+    try:
+        if not lines:
+            raise ValueError("it is empty")
+        description = json.loads(lines[0])
+        if not isinstance(description, dict):
+            raise ValueError("its first line does not describe one")
+        if (schema := description.get("schema", 1)) != SCHEMA:
+            raise ValueError(f"its schema is {schema}, not {SCHEMA}")
+        if missing := [key for key in DESCRIPTION if key not in description]:
+            raise ValueError(f"missing: {', '.join(missing)}")
+        experiment = experiment_of(description.pop("config"))
+        records = parse_records(lines[1:], path)
+        missed = experiment.epochs - len(records)
+        if missed < 0 or (missed > 0 and not description["diverged"]):
+            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
+        return Run(experiment, description, records)
+    except RecordError as error:
+        raise RecordError(f"{error}; delete it to rerun") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecordError(
+            f"{path} is not the record of a run: {error}; delete it to rerun"
+        ) from error

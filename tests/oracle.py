@@ -22,6 +22,13 @@ def global_std(grads: Sequence[Any]) -> float:
     return float(np.std(entries, ddof=1))
 
 
+def zscore(grad: Any, eps: float = 1e-8) -> np.ndarray:
+    """One layer's gradient, of any real or complex dtype."""
+    wide = np.asarray(grad)
+    wide = wide.astype(np.complex128 if np.iscomplexobj(wide) else np.float64)
+    return (wide - wide.mean()) / (np.std(wide, ddof=1) + eps)
+
+
 def autoscale(
     steps: Sequence[Sequence[Any]], eps: float = 1e-8, max_scale: float = np.inf
 ) -> list[Step]:

@@ -25,7 +25,7 @@ LIBRARY = {
     "optax_autoscale/_autoscale.py",
     "optax_autoscale/_effect.py",
     "optax_autoscale/_moments.py",
-    "optax_autoscale/_rivals.py",
+    "optax_autoscale/_baselines.py",
     "optax_autoscale/py.typed",
 }
 METADATA = {

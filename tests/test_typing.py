@@ -17,6 +17,7 @@ from optax_autoscale import (
     autoscale,
     center_layers,
     default_layer_axes,
+    exclude,
     global_std,
     gradient_centralization,
     gradient_normalization,
@@ -38,10 +39,13 @@ def only_kernels(path: tuple[Any, ...], leaf: jax.Array) -> tuple[int, ...] | No
 
 
 def test_the_method_and_its_halves():
-    tx = autoscale(1e-8, max_scale=1.0, layer_axes=only_kernels, axis_name=None)
+    tx = autoscale(eps=1e-8, max_scale=1.0, layer_axes=only_kernels, axis_name=None)
     assert_type(tx, optax.GradientTransformationExtraArgs)
-    autoscale(jnp.float32(1e-8), max_scale=jnp.float32(1.0))
+    autoscale(eps=jnp.float32(1e-8), max_scale=jnp.float32(1.0))
     autoscale(axis_name="model")
+    autoscale(layer_axes=exclude("embedding", "positions"))
+    autoscale(layer_axes=lambda path, leaf: [0, 1] if leaf.ndim == 2 else None)
+    autoscale(layer_axes=None)
     autoscale(axis_name=("data", "model"))
     assert_type(scale_by_global_std(max_scale=1.0), optax.GradientTransformationExtraArgs)
     assert_type(center_layers(layer_axes=only_kernels), optax.GradientTransformation)
@@ -54,9 +58,9 @@ def test_in_front_of_an_optimizer():
     assert float(optax.tree.get(state, "scale_factor")) > 0
 
 
-def test_the_rivals():
+def test_the_baselines():
     assert_type(gradient_centralization(), optax.GradientTransformation)
-    assert_type(gradient_normalization(2.0), optax.GradientTransformation)
+    assert_type(gradient_normalization(alpha=2.0), optax.GradientTransformation)
     assert_type(zscore_normalization(layer_axes=only_kernels), optax.GradientTransformation)
     methods = [autoscale, gradient_centralization, gradient_normalization, zscore_normalization]
     for method in methods:

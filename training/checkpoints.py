@@ -1,7 +1,9 @@
 """Checkpoints of a run: written in the background, complete or not there at all."""
 
 import contextlib
+import errno
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from training.open_folder import OpenFolder
 from training.steps import TrainState
 
 KEPT = 3
@@ -23,23 +26,48 @@ class Checkpoints:
     """The latest checkpoints of a run, to be entered as a context.
 
     Args:
-      folder: where they are; created where it is missing. What an interrupted write left there is
-        removed.
+      folder: where they are, in the run's folder; created where it is missing. What an interrupted
+        write left there is removed.
+      say: is told about checkpoints that are damaged or lost.
+
+    Every method that writes raises:
+      CheckpointError: if a checkpoint could not be written.
+      FileNotFoundError: if the run's folder was moved or removed.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, say: Callable[[str], None]):
         self._folder = folder
+        self._say = say
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._run = OpenFolder(folder.parent)
+        self._checkpointer = self._open()
+        self._writing: tuple[int, Any] | None = None
+        self._complete: int | None = None  # the latest step whose checkpoint is
+
+    def _open(self) -> ocp.training.Checkpointer:
         latest: Any = ocp.training.preservation_policies.LatestN(KEPT)
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder.absolute()),
+        return ocp.training.Checkpointer(
+            str(self._folder.absolute()),
             preservation_policy=latest,
             cleanup_tmp_directories=True,
         )
-        self._writing: tuple[int, Any] | None = None
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts to write the state after `step`, once the checkpoint before it is complete."""
-        self.wait()
+        """Starts to write the state after `step`, once the checkpoint before it is complete.
+
+        If those before it were removed meanwhile, this one takes their place.
+        """
+        try:
+            self.wait()
+        except CheckpointError:
+            if not self._are_lost():
+                raise
+        if self._are_lost():
+            self._say(
+                f"the checkpoints in {self._folder} are gone; they start again with step {step}"
+            )
+            self._close()  # it repeats the error of the one before
+            self._checkpointer, self._complete = self._open(), None
         # A copy, since the next step overwrites its argument while this is being written.
         copy = jax.tree.map(jnp.copy, state)
         contents = {"state": copy, "digest": digest(copy)}
@@ -51,21 +79,22 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the checkpoint that is being written is complete."""
-        if self._writing is None:
-            return
-        (step, response), self._writing = self._writing, None
-        try:
-            response.result()
-            self._checkpointer.wait()
-        except Exception as error:
-            raise self._write_error(step, error) from error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            step, response = writing
+            try:
+                response.result()
+                self._checkpointer.wait()
+            except Exception as error:
+                raise self._write_error(step, error) from error
+            self._complete = step
+        self._run.check()
 
-    def restore(self, like: TrainState, say: Callable[[str], None]) -> TrainState | None:
+    def restore(self, like: TrainState) -> TrainState | None:
         """Reads the latest checkpoint that is undamaged, and removes the damaged ones after it.
 
         Args:
           like: a state of the same structure, whose shapes, dtypes and shardings the result has.
-          say: is told about checkpoints that are damaged.
 
         Returns:
           The state, or None if there is no checkpoint yet.
@@ -79,13 +108,14 @@ class Checkpoints:
                 loaded = self._checkpointer.load(step, {"state": like, "digest": digest(like)})
                 if int(loaded["digest"]) != int(digest(loaded["state"])):
                     raise ValueError("its contents are not those that were written")
+                self._complete = step
                 return loaded["state"]
             except (
                 Exception
             ) as error:  # of many libraries' types: files can be damaged in many ways
-                say(
+                self._say(
                     f"the checkpoint after step {step} is damaged and was removed "
-                    f"({_summary(error)}); trying the one before it"
+                    f"({first_line(error)}); trying the one before it"
                 )
                 self._checkpointer.delete(step)
         if steps:
@@ -98,19 +128,41 @@ class Checkpoints:
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         try:
             self.wait()
-        except CheckpointError:
+        except (CheckpointError, FileNotFoundError):
             if error is None:
                 raise
         finally:
-            with contextlib.suppress(Exception):  # what went wrong has been said
-                self._checkpointer.close()
+            self._close()
+            self._run.close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # what went wrong has been said
+            self._checkpointer.close()
+
+    def _are_lost(self) -> bool:
+        """Whether the latest complete checkpoint is not there any more."""
+        return self._complete is not None and not (self._folder / str(self._complete)).exists()
 
     def _write_error(self, step: int, error: Exception) -> CheckpointError:
+        """What to raise instead; FileNotFoundError itself where the run's folder is gone."""
+        self._run.check()
+        if self._are_lost():
+            remedy = "those before it are gone, so the run cannot be resumed"
+        else:
+            remedy = "resume with --resume"
+            if self._complete is not None:
+                remedy += f" after step {self._complete}, the latest that is complete"
+            if is_full(error):
+                remedy = f"make room and {remedy}"
         return CheckpointError(
             f"the checkpoint after step {step} could not be written to {self._folder} "
-            f"({_summary(error)}); the ones before it are intact. Make room and continue with "
-            "--resume"
+            f"({first_line(error)}); {remedy}"
         )
+
+
+def is_full(error: Exception) -> bool:
+    """Whether it tells of a full disk; the errors of some libraries only do so in words."""
+    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def digest(state: Any) -> jax.Array:
@@ -126,6 +178,7 @@ def _add_to_digest(total: jax.Array, leaf: jax.Array) -> jax.Array:
     return jnp.uint32(31) * total + jnp.sum(words * weights, dtype=jnp.uint32)
 
 
-def _summary(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's type and the first line of its message, shortened."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

@@ -5,6 +5,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from typing import (
     get_type_hints,
 )
 
+import numpy as np
 import tyro
 
 from models import MODELS
 from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS
+from training.record import SCHEMA
 
 if TYPE_CHECKING:
     DatasetName: TypeAlias = str
@@ -36,6 +39,8 @@ else:
     MethodName, OptimizerName = Literal[tuple(METHODS)], Literal[tuple(OPTIMIZERS)]
 
 MAX_STEPS = 2**31 - 1  # steps are counted in int32
+# Others are zero or infinite in float32.
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +93,17 @@ class Experiment:
         """Raises ValueError if an option is impossible, with its value and what it may be."""
         limits: dict[str, tuple[Callable[[float], bool], str]] = {
             "epochs": (lambda value: 1 <= value <= MAX_STEPS, f"between 1 and {MAX_STEPS}"),
-            "batch_size": (lambda value: value >= 1, "positive"),
-            "learning_rate": (lambda value: value > 0, "positive"),
-            "decay_epochs": (lambda value: value > 0, "positive"),
-            "warmup_epochs": (lambda value: value >= 0, "0 or positive"),
-            "weight_decay": (lambda value: value >= 0, "0 or positive"),
+            "batch_size": (lambda value: 1 <= value < math.inf, "positive"),
+            "learning_rate": (
+                lambda value: SMALLEST <= value <= LARGEST,
+                "positive in float32",
+            ),
+            "decay_epochs": (lambda value: 0 < value < math.inf, "positive"),
+            "warmup_epochs": (lambda value: 0 <= value < math.inf, "0 or positive"),
+            "weight_decay": (
+                lambda value: 0 <= value <= LARGEST,
+                "0 or positive in float32",
+            ),
             "label_smoothing": (lambda value: 0 <= value <= 1, "between 0 and 1"),
             "cutmix_probability": (lambda value: 0 <= value <= 1, "between 0 and 1"),
             "seed": (lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1"),
@@ -115,6 +126,8 @@ class Launch:
     """Folder of the run (default: runs/<dataset>-<model>-<method>-<optimizer>-seed<k>)."""
     resume: bool = False
     """Resume from the latest checkpoint in --out, with the options of that run."""
+    auto_resume: bool = False
+    """Resume if there is a run in --out, and start it otherwise."""
     data_dir: Path | None = None
     """Folder of TensorFlow Datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     checkpoint_minutes: float = 10.0
@@ -136,13 +149,26 @@ class Launch:
 
     def validate(self) -> None:
         """Raises ValueError if an option is impossible, with its value and what it may be."""
-        _check_limits(self, {"checkpoint_minutes": (lambda value: value > 0, "positive")})
+        positive = (lambda value: 0 < value < math.inf, "positive")
+        _check_limits(self, {"checkpoint_minutes": positive})
+        for name in ("out", "data_dir"):
+            check_path(name, getattr(self, name) or Path())
         processes = (self.coordinator, self.num_processes, self.process_id)
         if None in processes and processes != (None, None, None):
             raise ValueError(
                 "--coordinator, --num-processes and --process-id go together; got "
                 f"{self.coordinator}, {self.num_processes} and {self.process_id}"
             )
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not (host and port.isdecimal() and int(port) < 2**16):
+                raise ValueError(f"--coordinator is {self.coordinator!r}; it must be host:port")
+        if (count := self.num_processes) is not None:
+            limits: dict[str, tuple[Callable[[float], bool], str]] = {
+                "num_processes": (lambda value: 1 <= value < 2**31, "between 1 and 2**31 - 1"),
+                "process_id": (lambda value: 0 <= value < count, f"between 0 and {count - 1}"),
+            }
+            _check_limits(self, limits)
 
 
 class Options(NamedTuple):
@@ -155,6 +181,8 @@ class Options(NamedTuple):
     launch: Launch = Launch()
 
 
+# Options that experiments written by an earlier version may lack.
+LATER = ("warmup_epochs", "tag", "effect")
 CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind)
     for name, kind in get_type_hints(Experiment).items()
@@ -185,8 +213,8 @@ def recipe(dataset: DatasetName = "digits", optimizer: OptimizerName = "adamw") 
 def parse(args: Sequence[str] | None = None) -> Options:
     """Reads the command line; raises ValueError for an impossible option.
 
-    `--help` shows the defaults of the chosen data set and optimizer; with `--resume`, options that
-    are not given are those of the run that is resumed.
+    `--help` shows the defaults of the chosen data set and optimizer. Where a run is resumed,
+    options that are not given are those of that run, and `launch.resume` is set.
     """
     args = sys.argv[1:] if args is None else args
     for name, choices in CHOICES.items():  # tyro names the choices, but not the nearest
@@ -195,8 +223,9 @@ def parse(args: Sequence[str] | None = None) -> Options:
     chosen, _ = tyro.cli(recipe, args=args, return_unknown_args=True, add_help=False)
     options = _parse(args, Options(chosen))
     folder = run_folder(*options)
-    if options.launch.resume and (folder / "config.json").exists():
-        options = _parse(args, Options(load(folder), Launch(out=folder)))
+    resume = options.launch.resume or options.launch.auto_resume
+    if resume and (folder / "config.json").exists():
+        options = _parse(args, Options(load(folder), Launch(out=folder, resume=True)))
     options.experiment.validate()
     options.launch.validate()
     return options
@@ -217,8 +246,67 @@ def save(folder: Path, experiment: Experiment, launch: Launch, **description: An
 
 
 def load(folder: Path) -> Experiment:
-    """The experiment of the run in a folder, from its `config.json`."""
-    return Experiment(**json.loads((folder / "config.json").read_text())["config"])
+    """The experiment of the run in a folder, from its `config.json`.
+
+    Raises:
+      ValueError: if the file is damaged, or of another version; the message names it.
+    """
+    path = folder / "config.json"
+    try:
+        description = json.loads(path.read_text())
+        if not (isinstance(description, dict) and "config" in description):
+            raise ValueError("no options are in it")
+        schema = description.get("schema", 1)
+        if schema == SCHEMA:
+            return experiment_of(description["config"])
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; put a copy of it there and resume, or start the run "
+            "again with another --out"
+        ) from error
+    version = "an earlier" if schema == 1 else "another"
+    commit = description.get("commit")
+    raise ValueError(
+        f"{path} is of {version} version of train.py, and its run cannot be resumed by this one; "
+        "start it again with another --out"
+        + (f", or resume it with the sources of commit {commit}" if commit else "")
+    )
+
+
+def experiment_of(options: Any) -> Experiment:
+    """The experiment that has been written as JSON.
+
+    Args:
+      options: what `dataclasses.asdict` made of it, after JSON.
+
+    Returns:
+      The experiment; options that came later than it have their defaults.
+
+    Raises:
+      ValueError: if an option is missing, unknown, of the wrong type or impossible.
+    """
+    kinds = get_type_hints(Experiment)
+    if not isinstance(options, dict):
+        raise ValueError("no options are in it")
+    if unknown := [name for name in options if name not in kinds]:
+        raise ValueError(f"there is no option {', '.join(unknown)}")
+    options = {name: getattr(Experiment(), name) for name in LATER} | options
+    if missing := [name for name in kinds if name not in options]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for name, kind in kinds.items():
+        value = options[name]
+        if type(value) not in _json_types(kind):
+            names = " or ".join(each.__name__ for each in _json_types(kind))
+            raise ValueError(f"{name} is {value!r}, not of type {names}")
+    experiment = Experiment(**options)
+    experiment.validate()
+    return experiment
+
+
+def _json_types(kind: Any) -> tuple[type, ...]:
+    if get_origin(kind) is Literal:
+        return (str,)
+    return {float: (float, int)}.get(kind) or get_args(kind) or (kind,)
 
 
 def check_resumes(experiment: Experiment, folder: Path) -> None:
@@ -246,6 +334,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_path(name: str, path: Path) -> None:
+    """Raises ValueError if a library that takes paths as UTF-8 would look for one elsewhere."""
+    path = path.absolute()
+    if os.fsencode(path) != str(path).encode(errors="replace"):
+        raise ValueError(f"{option(name)} is {str(path)!r}, which is not UTF-8; choose another")
+
+
 def _given(name: str, args: Sequence[str]) -> list[str]:
     """The values that the command line has for an option."""
     return [value for key, value in itertools.pairwise(args) if key == option(name)] + [
@@ -269,5 +364,5 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def _check_limits(options: Any, limits: dict[str, tuple[Callable[[float], bool], str]]) -> None:
     for name, (allowed, text) in limits.items():
         value = getattr(options, name)
-        if not (math.isfinite(value) and allowed(value)):
+        if not allowed(value):
             raise ValueError(f"{option(name)} is {value}; it must be finite and {text}")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from models import MODELS
 from training import devices, steps
-from training.config import Experiment
+from training.config import MAX_STEPS, Experiment, option
 from training.data import Dataset
 from training.layers import LayerPaths, layer_entries, layer_paths
 from training.optimizers import learning_rate_schedule, make_optimizer
@@ -28,7 +28,7 @@ class Program:
       fsdp: whether parameters and optimizer state are sharded.
 
     Raises:
-      ValueError: if the batches do not fit the data or the devices.
+      ValueError: if the batches do not fit the data or the devices, or the steps cannot be counted.
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, mesh: Mesh, *, fsdp: bool = False):
@@ -44,6 +44,13 @@ class Program:
                 f"choose a multiple of {mesh.size}"
             )
         self.steps_per_epoch = num_images // size
+        for name in ("epochs", "decay_epochs", "warmup_epochs"):
+            epochs, most = getattr(experiment, name), MAX_STEPS // self.steps_per_epoch
+            if epochs > most:
+                raise ValueError(
+                    f"{option(name)} is {epochs}; it must be at most {most}, as an epoch has "
+                    f"{self.steps_per_epoch} steps, and {MAX_STEPS} can be counted"
+                )
         self._schedule = learning_rate_schedule(
             experiment.learning_rate,
             experiment.decay_epochs,

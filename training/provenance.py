@@ -28,8 +28,9 @@ def commit_of(folder: Path) -> str | None:
         command = ["git", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    # The records and reports that a study writes between its runs are not sources.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(exclude)results")
+    # What a study writes, its records, reports and the README's verdict, are not sources.
+    written = [":(exclude)results", ":(exclude)README.md"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *written)
     return (git("rev-parse", "HEAD") + ("-dirty" if changed else "")) or None
 
 

@@ -37,6 +37,7 @@ class Record(TypedDict):
     seconds: float  # of training and evaluation
 
 
+INTEGERS = ("epoch", "step", "exponent")
 OPTIONAL = ("scale_factor", "exponent")
 # Keys that records of an earlier version lack; they read as None.
 LATER = ("update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
@@ -46,13 +47,17 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
     """The epochs of a run, from its `metrics.jsonl`.
 
     Raises:
-      RecordError: if a line is not the record of the next epoch.
+      RecordError: if the file cannot be read, or a line is not the record of the next epoch.
     """
     path = Path(folder, "metrics.jsonl")
-    return parse_records(path.read_text().splitlines(), path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_records(lines, path)
 
 
-def parse_records(lines: Sequence[str], path: Path) -> list[Record]:
+def parse_records(lines: Sequence[str | bytes], path: Path) -> list[Record]:
     """Records from lines of JSON: epochs 1, 2, ... once each.
 
     Args:
@@ -65,11 +70,13 @@ def parse_records(lines: Sequence[str], path: Path) -> list[Record]:
     Raises:
       RecordError: at a line that is not the record of the next epoch.
     """
-    records = []
+    records: list[Record] = []
     for epoch, line in enumerate(lines, start=1):
         try:
             records.append(_checked(json.loads(line), epoch))
-        except ValueError as error:
+            if records[-1]["layer_std"].keys() != records[0]["layer_std"].keys():
+                raise ValueError("its layers are not those of epoch 1")
+        except (ValueError, OverflowError, RecursionError) as error:
             raise RecordError(f"{path} is damaged: epoch {epoch}: {error}") from error
     return records
 
@@ -82,16 +89,15 @@ def _checked(record: Any, epoch: int) -> Record:
     if wrong := names.symmetric_difference(record):
         missing = sorted(names - set(record))
         raise ValueError(f"{'missing' if missing else 'unknown'}: {', '.join(missing or wrong)}")
+    if not isinstance(record["layer_std"], dict):
+        raise ValueError(f"layer_std is {record['layer_std']!r}, not a number for each layer")
     if record["epoch"] != epoch:
         raise ValueError(f"the record of epoch {record['epoch']} stands in its place")
-    values: dict[str, Any] = {}
-    for name in Record.__annotations__:
-        value = record[name]
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            values |= {f"{name}[{key!r}]": item for key, item in items}
-        else:
-            values[name] = value
+    values = {name: record[name] for name in Record.__annotations__ if name != "layer_std"}
+    values |= {f"layer_std of {layer}": std for layer, std in record["layer_std"].items()}
+    if isinstance(by_step := values["update_norm_ratio_by_step"], list):
+        del values["update_norm_ratio_by_step"]
+        values |= {f"update_norm_ratio of step {i}": ratio for i, ratio in enumerate(by_step, 1)}
     for name, value in values.items():
         if value is None and name in (*OPTIONAL, *LATER):
             continue
@@ -101,6 +107,8 @@ def _checked(record: Any, epoch: int) -> Record:
             or not math.isfinite(value)
         ):
             raise ValueError(f"{name} is {value!r}, not a finite number")
+        if name in INTEGERS and not isinstance(value, int):
+            raise ValueError(f"{name} is {value!r}, not an integer")
     if not 0 <= record["test_accuracy"] <= 1:
         raise ValueError(f"test_accuracy is {record['test_accuracy']}, not between 0 and 1")
     return cast(Record, {name: record[name] for name in Record.__annotations__})

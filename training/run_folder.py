@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import errno
 import importlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -24,17 +23,21 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
 from training import config, plots
+from training.checkpoints import CheckpointError, first_line, is_full
 from training.config import Experiment, Launch, run_folder
 from training.data import DATASETS, Dataset
+from training.lock import LOCK, InUse, lock
+from training.open_folder import OpenFolder
 from training.optimizers import METHODS, OPTIMIZERS
 from training.provenance import environment
-from training.record import SCHEMA, Record
+from training.record import SCHEMA, Record, RecordError, parse_records
 
 
 class RunFolder:
-    """The files of one run; leaving it as a context draws the pictures.
+    """The files of one run, to be entered as a context; leaving it draws the pictures.
 
-    In a run of several processes, only the first one has any.
+    No other process can enter it meanwhile. In a run of several processes, only the first one has
+    any files.
 
     Args:
       experiment: what is trained.
@@ -42,8 +45,6 @@ class RunFolder:
       dataset: what it trains on.
 
     Raises:
-      OSError: if the folder cannot be used, or holds something and `launch.resume` is not set;
-        nothing is touched then.
       ValueError: if `launch.wandb` is set and the package is not installed.
     """
 
@@ -57,7 +58,7 @@ class RunFolder:
             "channels": dataset.train_images.shape[-1],
             **environment(),
         }
-        self.path = path = run_folder(experiment, launch)
+        self.path = run_folder(experiment, launch)
         self.records: list[Record] = []
         self._tensorboard: EventsWriter | None = None
         self._wandb: Any = None
@@ -65,28 +66,71 @@ class RunFolder:
             raise ValueError(
                 "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
             )
-        if not launch.resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"{path} exists already and is left as it is; "
-                "resume it with --resume, give another folder with --out, or remove it"
-            )
-        with _explained(path):
-            path.mkdir(parents=True, exist_ok=True)
-            if not launch.resume:
-                self._save_config()
 
-    def begin(self, epochs: int) -> None:
-        """Opens the records, and keeps the first `epochs` of those that are there."""
+    def __enter__(self) -> Self:
+        """Takes the folder.
+
+        Raises:
+          OSError: if another process holds the folder, if it cannot be written, or if it holds
+            something and `launch.resume` is not set; nothing in it is touched then.
+        """
+        new = not self._launch.resume
+        if new and not (self.path / LOCK).exists():  # the lock would touch what is there
+            self._check_vacant()
+        with contextlib.ExitStack() as stack:
+            with _explained(self.path):
+                stack.enter_context(lock(self.path))
+                self._opened = OpenFolder(self.path)
+            stack.callback(self._opened.close)
+            if new:  # looked at under the lock: of two runs that start at once, one wins
+                self._check_vacant()
+                with _explained(self.path):
+                    self._save_config()
+            self._held = stack.pop_all()
+        return self
+
+    def begin(self, epochs: int, say: Callable[[str], None]) -> None:
+        """Opens the records, and keeps the first `epochs` of those that are there.
+
+        Args:
+          epochs: those before the checkpoint that the run resumes from.
+          say: is told about records of later epochs, which are made again.
+
+        Raises:
+          RecordError: if the records of these epochs are not all there.
+          CheckpointError: if there are records, and no checkpoint that they could continue from.
+        """
         path = self.path / "metrics.jsonl"
-        if path.exists():
-            with _explained(path):
-                lines = path.read_text().splitlines(keepends=True)[:epochs]
-                self.records = [json.loads(line) for line in lines]
-                part = path.with_suffix(".part")
-                part.write_text("".join(lines))
-                part.replace(path)
-                self._save_config()
+        with _explained(path):
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        # The record of the first epoch may be written before the first checkpoint is.
+        if len(lines) > 1 and not any((self.path / "checkpoints").glob("[0-9]*")):
+            raise CheckpointError(
+                f"{path} holds {len(lines)} epochs, and there is no checkpoint to resume from; "
+                f"remove {self.path} to start again"
+            )
+        try:
+            records = parse_records(lines[:epochs], path)
+            if len(lines) < epochs:
+                raise RecordError(f"{path} holds {len(lines)} epochs")
+        except RecordError as error:
+            raise RecordError(
+                f"{error}; the checkpoint is after epoch {epochs}, and needs the records of all "
+                f"epochs until then. Put back a copy of the file, or remove {self.path} to start "
+                "again"
+            ) from error
+        self.records = records
+        if len(lines) > epochs:
+            say(
+                f"training resumes with epoch {epochs + 1}: the records from there to epoch "
+                f"{len(lines)} in {path} are replaced"
+            )
         with _explained(self.path):
+            if lines:
+                part = path.with_suffix(".part")
+                part.write_bytes(b"".join(line + b"\n" for line in lines[:epochs]))
+                part.replace(path)
+            self._save_config()
             (self.path / "tensorboard").mkdir(exist_ok=True)
             # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
             self._tensorboard = EventsWriter(str(self.path / "tensorboard" / "events"))
@@ -113,6 +157,7 @@ class RunFolder:
 
     def write(self, record: Record, layers: dict[str, np.ndarray]) -> None:
         """Adds an epoch to all records, and histograms of `layers` to TensorBoard's."""
+        self._opened.check()
         path = self.path / "metrics.jsonl"
         line = json.dumps({name: record[name] for name in Record.__annotations__}) + "\n"
         with _explained(path), open(path, "a") as file:
@@ -134,20 +179,34 @@ class RunFolder:
                 self._tensorboard.write_event(event)
                 self._tensorboard.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # After another error a picture that cannot be written is not worth a word.
-        with contextlib.suppress(OSError) if error else _explained(self.path):
+        with self._held, contextlib.suppress(OSError) if error else _explained(self.path):
             if self._tensorboard:
                 self._tensorboard.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
-            if self.records:
+            if self.records and self._opened.is_there():
                 plots.plot_curves(self.records, self._title, self.path / "curves.png")
                 plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
                 plots.plot_layer_map(self.records, self._title, self.path / "layers.png")
+
+    def _check_vacant(self) -> None:
+        path = self.path
+        for each in (path, *path.parents):
+            if each.is_symlink() and not each.exists():
+                raise FileNotFoundError(
+                    f"{each} is a link to {os.readlink(each)}, which does not exist; create that, "
+                    "remove the link, or give another folder with --out"
+                )
+        if path.exists() and not (
+            # What a process leaves behind that is killed before it has begun.
+            path.is_dir() and {each.name for each in path.iterdir()} <= {LOCK, "config.part"}
+        ):
+            raise FileExistsError(
+                f"{path} exists already and is left as it is; "
+                "resume it with --resume, give another folder with --out, or remove it"
+            )
 
     @property
     def _title(self) -> str:
@@ -165,19 +224,31 @@ def _explained(path: Path) -> Iterator[None]:
     """Says of an error of the operating system where it happened, and what may help."""
     try:
         yield
+    except InUse:
+        raise
     except OSError as error:
         remedy = (
             "make room and resume with --resume"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if is_full(error)
             else "choose another folder with --out"
         )
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
 def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
-    """Saves what a run ended with to `parameters/`; every process of a run takes part."""
-    state = nnx.merge_state(params, batch_stats)
-    ocp.save(str(folder.absolute() / "parameters"), state, overwrite=True)
+    """Saves what a run ended with to `parameters/`; every process of a run takes part.
+
+    Raises:
+      CheckpointError: if they cannot be written.
+    """
+    path, state = folder / "parameters", nnx.merge_state(params, batch_stats)
+    try:
+        ocp.save(str(path.absolute()), state, overwrite=True)
+    except Exception as error:
+        remedy = "make room and resume" if is_full(error) else "resume"
+        raise CheckpointError(
+            f"{path} could not be written ({first_line(error)}); {remedy} with --resume"
+        ) from error
 
 
 def load_model(folder: str | os.PathLike[str]) -> nnx.Module:

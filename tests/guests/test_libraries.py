@@ -1,5 +1,7 @@
 """What the libraries' own training steps do to the parameters is what the paper's equations say."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_autoscale import autoscale, global_std
+from optax_autoscale import autoscale, exclude, global_std, layer_std
 from tests import oracle
 
 RATE = 100.0  # large beside the small gradients below, so that parameters visibly move
@@ -181,8 +183,83 @@ def test_what_multiplies_the_gradient_in_front_changes_the_factor():
         )
 
 
-def test_inject_hyperparams_needs_layer_axes_to_be_static():
-    """It takes a callable for a schedule, and calls it with the step."""
-    grads = {"w": X}
-    with pytest.raises(TypeError, match="default_layer_axes"):
-        optax.inject_hyperparams(autoscale)().init(grads)
+def counted(params, *names):
+    """The paths of the leaves that count as layers, without Flax's `.value`."""
+    kept = jax.tree.leaves_with_path(layer_std(params, layer_axes=exclude(*names)))
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in kept]
+    return sorted(path.removesuffix("/value") for path in paths)
+
+
+def test_exclude_in_nnx():
+    nnx = pytest.importorskip("flax.nnx")
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        tokens=nnx.Embed(9, 4, rngs=rngs),
+        patches=nnx.Dict(embedding=nnx.Linear(4, 4, rngs=rngs)),
+        layers=nnx.List([nnx.MultiHeadAttention(2, 4, decode=False, use_bias=False, rngs=rngs)]),
+    )
+    params = nnx.state(model, nnx.Param)
+    kernels = [f"layers/0/{name}/kernel" for name in ("key", "out", "query", "value")]
+    for tree in (params, nnx.to_pure_dict(params), model):  # with `.value`, without, by attributes
+        patches = "patches/embedding/kernel"
+        assert counted(tree, "embedding") == kernels
+        assert counted(tree, "tokens/embedding") == [*kernels, patches]
+        assert counted(tree, "tokens", "value") == [*kernels[:3], patches]
+
+    # In the optimizer, whose paths are not those of the state.
+    tx = optax.chain(autoscale(layer_axes=exclude("embedding")), optax.sgd(1.0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    table, kernel = model.tokens.embedding[...], model.layers[0].query.kernel[...]
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    np.testing.assert_array_equal(model.tokens.embedding[...], table - 1)
+    np.testing.assert_array_equal(model.layers[0].query.kernel[...], kernel)  # centered: 0
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_exclude_in_linen(boxed):
+    nn = pytest.importorskip("flax.linen")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            init = nn.with_logical_partitioning(nn.initializers.normal(), ("in", "out"))
+            x = nn.Embed(9, 4, embedding_init=init, name="tokens")(tokens)
+            x = nn.Dense(4, kernel_init=init, name="embedding_norm")(x)
+            return nn.MultiHeadAttention(2, kernel_init=init, use_bias=False, name="attention")(x)
+
+    params = Model().init(jax.random.key(0), jnp.ones((2, 3), int))
+    params = params if boxed else nn.unbox(params)
+    kernels = [f"params/attention/{name}/kernel" for name in ("key", "out", "query", "value")]
+    kernels += ["params/embedding_norm/kernel"]
+    assert counted(params, "embedding") == counted(params, "tokens") == kernels
+    # The name of a module, not that of the box around every parameter.
+    assert counted(params, "value", "tokens") == kernels[:3] + kernels[4:]
+    assert counted(params, "params") == []
+
+
+def test_exclude_in_equinox():
+    eqx = pytest.importorskip("equinox")
+
+    class Model(eqx.Module):
+        tokens: Any
+        layers: list[Any]
+
+    keys = jax.random.split(jax.random.key(0))
+    model = Model(eqx.nn.Embedding(9, 4, key=keys[0]), [eqx.nn.Linear(4, 2, key=keys[1])])
+    assert counted(model, "tokens") == ["layers/0/weight"]
+    assert counted(model, "layers") == ["tokens/weight"]
+    assert counted(model, "weight") == []
+
+
+def test_exclude_in_haiku():
+    hk = pytest.importorskip("haiku")
+
+    class Model(hk.Module):
+        def __call__(self, tokens):
+            return hk.Linear(3)(hk.Embed(9, 4)(tokens))
+
+    model = hk.transform(lambda tokens: Model()(tokens))
+    params = model.init(jax.random.key(0), jnp.ones((2, 3), int))
+    for name in ("embeddings", "embed", "model/embed"):
+        assert counted(params, name) == ["model/linear/w"]
+    assert counted(params, "embedding") == ["model/embed/embeddings", "model/linear/w"]

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from models import resnet8, vgg_tiny
 from models.convolution import conv_general_dilated
@@ -47,6 +49,8 @@ def test_a_step_equals_that_of_plain_flax(make, monkeypatch):
         ((1, 2), 1, 3),
         ((5, 4), 1, 3),
         ((5, 4), 2, 3),
+        ((4, 5), 1, 3),
+        ((4, 6), 1, 5),
     ],
 )
 def test_convolution_equals_that_of_lax(pixels, stride, size, dtype):
@@ -65,6 +69,30 @@ def test_convolution_equals_that_of_lax(pixels, stride, size, dtype):
         assert a.dtype == b.dtype == dtype
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, rtol=0, atol=8 * jnp.finfo(dtype).eps * np.abs(b).max())
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_gradients_of_a_split_batch_are_not_gathered(devices):
+    image_key, kernel_key, grad_key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(image_key, (8, 6, 4, 4))
+    kernel = jax.random.normal(kernel_key, (3, 3, 4, 5))
+    grad = jax.random.normal(grad_key, (8, 6, 4, 5))
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def gradients(function, x, kernel, grad):
+        return jax.vjp(partial(convolve, function, stride=1), x, kernel)[1](grad)
+
+    placed = jax.device_put((x, kernel, grad), (split, everywhere, split))
+    compiled = jax.jit(partial(gradients, conv_general_dilated)).lower(*placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    with jax.enable_x64(True):
+        exact = gradients(
+            jax.lax.conv_general_dilated, *(np.asarray(a, np.float64) for a in (x, kernel, grad))
+        )
+    for ours, expected in zip(compiled(*placed), exact, strict=True):
+        assert expected.dtype == np.float64
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def convolve(function, x, kernel, stride):

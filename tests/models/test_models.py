@@ -112,7 +112,7 @@ def in_numpy(model: Model) -> Callable[..., np.ndarray]:
 def test_size_and_cost(
     name: str, options: dict[str, str], parameters: int, eligible: int, tensors: int, cost: float
 ):
-    model = abstract(MODELS[name], num_classes=100, **options)
+    model = abstract(MODELS[name].make, num_classes=100, **options)
     apply, state = pure(model)
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert sum(leaf.size for leaf in leaves) == parameters
@@ -124,7 +124,7 @@ def test_size_and_cost(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_float32_whatever_the_images_and_the_dtype(name):
-    model = abstract(MODELS[name], num_classes=10, channels=1, dtype=jnp.bfloat16)
+    model = abstract(MODELS[name].make, num_classes=10, channels=1, dtype=jnp.bfloat16)
     apply, state = pure(model)
     images = jax.ShapeDtypeStruct((5, 16, 16, 1), jnp.float32)
     logits, state = jax.eval_shape(apply, state, images)

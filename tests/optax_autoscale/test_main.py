@@ -28,8 +28,8 @@ def test_passes_and_names_versions_and_devices(capsys):
 
 @pytest.mark.parametrize(
     "broken",
-    [partial(optax_autoscale.autoscale, 0.1), optax_autoscale.scale_by_global_std],
-    ids=["another scale", "no centring"],
+    [partial(optax_autoscale.autoscale, eps=0.1), optax_autoscale.scale_by_global_std],
+    ids=["another scale", "no centering"],
 )
 def test_fails_where_the_transformation_is_wrong(broken, capsys, monkeypatch):
     monkeypatch.setattr(optax_autoscale, "autoscale", broken)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower, TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
@@ -206,6 +207,13 @@ def test_holm_counts_a_test_that_could_not_be_made():
     expected = {"a": 0.04, "b": 0.09, "c": 0.09, "d": math.nan}
     assert found == pytest.approx(expected, nan_ok=True)
     assert holm({}) == {}
+
+
+@settings(max_examples=10)  # statsmodels collects garbage each time
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_is_that_of_statsmodels(p_values):
+    expected = multipletests(p_values, method="holm")[1]
+    assert list(holm(dict(enumerate(p_values))).values()) == pytest.approx(list(expected))
 
 
 def test_every_contrast_is_in_one_family():
@@ -441,7 +449,7 @@ def curves(*jumps):
         (curves(1.0, 1.1, 0.9), curves(3.0, 3.3, 2.9), "supported"),
         (curves(3.0, 3.3, 2.9), curves(1.0, 1.1, 0.9), "contradicted"),
         (curves(1.0, 3.1, 0.9), curves(3.0, 1.3, 2.9), "not distinguished"),
-        # Smoother where both finish, but it diverges where the rival does not: no clear answer.
+        # Smoother where both finish, but it diverges where the baseline does not: no clear answer.
         (curves(1.0, 1.1, 0.9, None), curves(3.0, 3.3, 2.9, 3.0), "not distinguished"),
         (curves(*[1.0] * 7), curves(*[None] * 7), "supported"),
         (curves(*[None] * 7), curves(*[1.0] * 7), "contradicted"),

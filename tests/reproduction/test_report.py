@@ -1,141 +1,237 @@
-import dataclasses
-import json
-import math
-import re
+"""The report: numbers worked out by hand, what is claimed and what is not, the same to the byte."""
+
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-from scipy.stats import ttest_ind
+from PIL import Image
+from scipy import stats
+from sklearn.datasets import load_digits
+from synthetic import write
 
-from reproduction.report import write_report
-from reproduction.studies import PAPER_METHODS, STUDIES
-from training.record import SCHEMA
+from reproduction import figures
+from reproduction.report import TEST_IMAGES, write_report
+from reproduction.studies import PAPER_METHODS, PAPER_MODELS, STUDIES
+from training import data
 
 ROOT = Path(__file__).parents[2]
+PLAIN = np.array([0.48, 0.49, 0.50, 0.51, 0.52])
 
 
-def write(folder: Path, study: str, accuracies: dict, epochs: int = 3, **description) -> None:
-    """Records of a study whose final accuracies are as given, by (model, method), then by seed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for run in STUDIES[study].experiments():
-        values = accuracies.get((run.model, run.method, run.optimizer), ())
-        if run.seed >= len(values):
-            continue
-        about = {
-            "schema": SCHEMA,
-            "config": dataclasses.asdict(dataclasses.replace(run, epochs=epochs)),
-            "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8", "optax": "0.2.8"},
-            "device": "cpu",
-            "device_count": 2,
-            "commit": "abc",
-            "diverged": None,
-        } | description
-        records = [
-            {
-                "epoch": epoch,
-                "step": 10 * epoch,
-                "train_loss": 2.0,
-                "test_loss": 1.0,
-                "learning_rate": 1e-3,
-                "test_accuracy": values[run.seed] * epoch / epochs,
-                "global_std": math.exp(-4 - epoch / 10),
-                "scale_factor": 0.5,
-                "exponent": 2 - run.seed % 2 if "autoscale" in run.method else None,
-                "layer_std": {"stem": 0.1 / epoch, "classifier": 0.2 / epoch},
-                "images_per_second": 640.0,
-                "seconds": 1.0,
-            }
-            for epoch in range(1, epochs + 1)
-        ]
-        lines = [json.dumps(line) + "\n" for line in (about, *records)]
-        (folder / f"{run.name}.jsonl").write_text("".join(lines))
+def written(study: str, folder: Path) -> str:
+    """The report without its figures, which take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda groups, folder: [])
+        write_report(study, folder)
+    return (folder / "REPORT.md").read_text()
 
 
-def row(report: str, method: str) -> list[str]:
-    accuracies, _, _ = report.partition("## What the records support")
-    (line,) = (line for line in accuracies.splitlines() if line.startswith(f"| {method} | "))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def section(report: str, title: str) -> str:
+    """What is below a heading, up to the next of any level."""
+    (text,) = (part for part in report.split("\n#") if part.lstrip("#").startswith(f" {title}"))
+    return text
 
 
-def test_statistics_are_those_worked_out_by_hand(tmp_path):
-    # Means 50, 52 and 50.5; variances 2.5, 2.5 and 2.5; n = 5, so that the difference of two means
-    # has a standard error of 1 and Welch's test has 8 degrees of freedom.
-    base = np.array([0.48, 0.49, 0.50, 0.51, 0.52])
-    write(
-        tmp_path,
-        "ablation",
-        {
-            ("resnet20", "none", "sgd"): base,
-            ("resnet20", "autoscale", "sgd"): base + 0.02,
-            ("resnet20", "scaling", "sgd"): base + 0.005,
-        },
-    )
-    write_report("ablation", tmp_path)
-    report = (tmp_path / "REPORT.md").read_text()
-    # t(0.975, 4) = 2.776 times sqrt(2.5 / 5) = 1.96; t(0.975, 8) = 2.306;
-    # P(|t_8| > 2) = 0.0805, and P(|t_8| > 0.5) = 0.6305, from tables.
-    assert row(report, "SGD") == [*("SGD", "50.00", "1.58", "5", "48.04 to 51.96", "-", "-", "-")]
-    assert row(report, "Autoscale") == [
-        *("Autoscale", "52.00", "1.58", "5", "50.04 to 53.96"),
-        *("+2.00 (-0.31 to +4.31)", "0.081", "0.161"),  # Holm: 2 x 0.0805
-    ]
-    assert row(report, "scaling only")[5:] == [*("+0.50 (-1.81 to +2.81)", "0.631", "0.631")]
-    assert "no difference to SGD is supported" in report
-    assert "| ResNet-20 on digits, SGD | Autoscale | 2 1 2 1 2 |" in report
-    assert "100 ms (x1.00)" in report  # batches of 64 at 640 images per second
+def row(text: str, first: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {first} | "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_a_clear_difference_is_claimed_and_an_unclear_one_beside_it_is_not(tmp_path):
-    base = np.array([0.48, 0.49, 0.50, 0.51, 0.52])
-    write(
-        tmp_path,
-        "digits",
-        {
-            ("resnet20", "none", "adamw"): base,
-            ("resnet20", "autoscale", "adamw"): base + 0.2,
-            ("resnet20", "zscore", "adamw"): base - 0.01,
-        },
-    )
-    write_report("digits", tmp_path)
-    report = (tmp_path / "REPORT.md").read_text()
-    assert "supported: Autoscale is above AdamW by 20.00 points; the other diff" in report
-    assert row(report, "Autoscale")[:2] == ["Autoscale", "61.34"]  # the paper's beside it
-
-
-def test_the_detectable_difference_is_the_one_that_simulations_find(tmp_path):
-    """With it, 80 % of simulated studies reject the null hypothesis at the corrected level."""
-    base = np.array([0.48, 0.49, 0.50, 0.51, 0.52])  # standard deviation 1.58 points
-    methods = ("none", "autoscale", "scaling", "centering")
-    write(tmp_path, "ablation", {("resnet20", method, "sgd"): base for method in methods})
-    write_report("ablation", tmp_path)
-    told = re.search(r"a true difference of ([\d.]+) points", (tmp_path / "REPORT.md").read_text())
-    assert told
+def test_two_arms_are_compared_by_the_paired_test(tmp_path):
+    """Worked out by hand, from tables of t."""
+    # Differences -1, 0, 4 points: mean 1, deviation sqrt(7), standard error sqrt(7 / 3) = 1.528.
+    # t(0.975, 2) = 4.303: 1 -+ 6.57. P(|t_2| > 0.6547) = 0.580.
+    plain = np.array([0.80, 0.82, 0.84])
+    ours = plain + np.array([-0.01, 0, 0.04])
+    write(tmp_path, "vit", {("vit", "none", "adamw"): plain, ("vit", "autoscale", "adamw"): ours})
+    report = written("vit", tmp_path)
+    means = section(report, "Test accuracy")
+    # t(0.975, 2) * 2 / sqrt(3) = 4.97.
+    assert row(means, "AdamW") == ["82.00 ± 2.00", "3", "77.03 to 86.97"]
+    differences = section(report, "Every method against")
+    difference, p_values, detectable, _ = row(differences, "Autoscale minus AdamW")
+    assert (difference, p_values) == ("+1.00 (-5.57 to +7.57)", "0.580")
+    # The power of the paired test at that difference, by simulation.
     rng = np.random.default_rng(0)
-    ours, plain = rng.normal(float(told[1]), 1.58, (5, 4000)), rng.normal(0, 1.58, (5, 4000))
-    found = ttest_ind(ours, plain).pvalue < 0.05 / 3
-    assert found.mean() == pytest.approx(0.8, abs=0.03)
+    simulated = rng.normal(float(detectable), 7**0.5, (3, 20_000))
+    assert (stats.ttest_1samp(simulated, 0).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    assert "No significant difference." in differences
+    assert "Autoscale against every other method" not in report  # there is no other one
+    assert "| ViT on digits, AdamW | Autoscale | 2 1 2 |" in report
+    assert "Commit: f2f4ca1." in report
+
+
+def test_residuals_are_pooled_and_p_values_corrected_within_each_family(tmp_path):
+    bumps = {"autoscale": 0.02, "scaling": 0.005, "centering": 0, "constant": 0, "autoscale_p1": 0}
+    rng = np.random.default_rng(1)
+    accuracies = {
+        ("resnet20", method, optimizer): PLAIN + bumps.get(method, 0) + rng.normal(0, 0.003, 5)
+        for method in ("none", *bumps)
+        for optimizer in ("adamw", "sgd")
+    }
+    write(tmp_path, "ablation", accuracies)
+    report = written("ablation", tmp_path)
+    # By hand: a two-way layout without repetition, 6 methods and 5 seeds.
+    table = 100 * np.array([accuracies["resnet20", name, "sgd"] for name in ("none", *bumps)])
+    residuals = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    error = np.sqrt((residuals**2).sum() / (5 * 4) * 2 / 5)
+    difference = table[1].mean() - table[0].mean()
+    half = stats.t.isf(0.025, 20) * error
+    p_value = 2 * stats.t.sf(difference / error, 20)
+    plain = section(report, "Every method against").partition("SGD**")[2]
+    assert "One family of 10 tests" in report  # 5 methods, 2 optimizers
+    assert "One family of 8 tests" in report
+    cells = row(plain, "Autoscale minus SGD")
+    low, high = difference - half, difference + half
+    assert cells[0] == f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+    assert p_value < 1e-3
+    assert cells[1] == "< 0.001, < 0.001"
+    assert "**Significant: Autoscale above SGD" in plain
+
+
+def test_holms_correction_is_over_all_models_of_a_study(tmp_path):
+    rng = np.random.default_rng(2)
+    accuracies = {
+        (model, method, "adamw"): PLAIN + rng.normal(0, 0.01, 5)
+        for model in PAPER_MODELS
+        for method in PAPER_METHODS
+    }
+    write(tmp_path, "digits", accuracies)
+    report = written("digits", tmp_path)
+    text = section(report, "Every method against")
+    assert "One family of 12 tests" in text
+    pairs = [line.split("|")[3].split(",") for line in text.splitlines() if " minus AdamW" in line]
+    raw = [float(first) for first, _ in pairs]
+    smallest = int(np.argmin(raw))
+    assert float(pairs[smallest][1]) == pytest.approx(min(1, 12 * raw[smallest]), abs=0.01)
+    assert "61.34" in section(report, "Test accuracy")  # the paper's beside it
+
+
+@pytest.mark.parametrize("missing", ["none", "zscore"])
+def test_nothing_is_tested_before_all_runs_of_a_network_are_in(missing, tmp_path):
+    rng = np.random.default_rng(3)
+    accuracies = {
+        (model, method, "adamw"): PLAIN + 0.3 * (method == "autoscale") + rng.normal(0, 1e-3, 5)
+        for model in PAPER_MODELS
+        for method in PAPER_METHODS
+    }
+    accuracies["resnet20", missing, "adamw"] = PLAIN[:4]
+    write(tmp_path, "digits", accuracies)
+    report = written("digits", tmp_path)
+    assert "74 of the 75 planned runs are in." in report
+    resnet20, resnet56 = section(report, "Every method against").split("**ResNet-56 on digits")
+    assert "1 planned run not in yet; the tests wait." in resnet20
+    assert "minus" not in resnet20
+    assert "Autoscale above AdamW" in resnet56
+
+
+def test_what_was_not_planned_is_called_exploratory_and_not_tested(tmp_path):
+    methods = ("none", "autoscale", "autoscale_direction")
+    write(tmp_path, "ablation", {("resnet20", method, "sgd"): PLAIN for method in methods})
+    text = section(written("ablation", tmp_path), "Grafting")
+    assert "Exploratory: neither planned nor tested." in text
+    assert len(row(text, "Autoscale's direction, plain norm minus SGD")) == 2  # no p
+
+
+def test_a_run_that_diverged_is_named_and_no_difference_is_denied(tmp_path):
+    accuracies = {
+        (model, method, "adamw"): [*PLAIN] for model in PAPER_MODELS for method in PAPER_METHODS
+    }
+    accuracies["resnet20", "zscore", "adamw"] = [0.5, 0.5, None, None, None]
+    write(tmp_path, "digits", accuracies)
+    report = written("digits", tmp_path)
+    means = section(report, "Test accuracy")
+    assert (
+        "ResNet-20 on digits, AdamW, Z-Score Normalization, seed 3: step 7: the training" in means
+    )
+    assert row(means.partition("**ResNet-56")[0], "Z-Score Normalization")[1] == "2"
+    text = section(report, "Every method against").partition("**ResNet-56")[0]
+    assert row(text, "Z-Score Normalization minus AdamW")[0] == (
+        "diverged: 3 and 0; above in 2, below in 3 of 5 seeds"
+    )
+    assert "No significant difference." not in text
+    assert "Z-Score Normalization diverged in 3 of 5 runs" in text
 
 
 def test_one_seed_supports_nothing(tmp_path):
-    accuracies = {("resnet20", method, "adamw"): [0.1] for method in PAPER_METHODS}
-    write(tmp_path, "cpu", accuracies)
-    write_report("cpu", tmp_path)
-    report = (tmp_path / "REPORT.md").read_text()
-    assert "nothing can be tested, and no difference is claimed" in report
-    assert row(report, "Autoscale")[2:] == ["10.00", "-", "1", "-", "-", "-", "-"]
+    write(tmp_path, "cpu", {("resnet20", method, "adamw"): [0.1] for method in PAPER_METHODS})
+    report = written("cpu", tmp_path)
+    assert "Nothing can be tested, and no difference is claimed." in report
+    assert row(section(report, "Test accuracy"), "Autoscale") == ["10.00", "1", "-", "61.34"]
 
 
-def test_a_run_that_diverged_is_told_and_not_averaged(tmp_path):
-    write(tmp_path, "ablation", {("resnet20", "none", "sgd"): [0.5, 0.6]})
-    seeds = {("resnet20", "scaling", "sgd"): [0.1]}
-    write(tmp_path, "ablation", seeds, diverged="step 7: the training loss is nan; hint")
-    write_report("ablation", tmp_path)
-    report = (tmp_path / "REPORT.md").read_text()
-    assert "Diverged, and not in the table: scaling only, seed 0: step 7: the training" in report
-    assert row(report, "SGD")[1:4] == ["55.00", "7.07", "2"]
-    assert row(report, "scaling only")[1:4] == ["-", "-", "0"]
+# --- The study on CIFAR-100 -----------------------------------------------------------------------
+
+
+def cifar100(ours: list[float]) -> dict:
+    """All of its runs; `ours` is `autoscale` before AdamW minus `none`, by seed, in points."""
+    plain = [0.40, 0.42, 0.41, 0.43, 0.40, 0.42]
+    better = [value + more / 100 for value, more in zip(plain, ours, strict=True)]
+    rest = ("scaling", "centering", "gradient_normalization", "gradient_centralization", "zscore")
+    noise = [0.001, -0.001, 0.0005, 0, 0, 0]
+    return {
+        ("resnet20", "none", "adamw"): plain,
+        ("resnet20", "autoscale", "adamw"): better,
+        **{
+            ("resnet20", method, "adamw"): [a + b for a, b in zip(plain, noise, strict=True)]
+            for method in rest
+        },
+        ("resnet20", "none", "adam", 5e-4): plain[:4],
+        ("resnet20", "autoscale", "adam", 5e-4): [0.4200, 0.4395, 0.4305, 0.4500],
+        ("resnet20", "none", "adam", 1.05e-3): [0.4200, 0.4405, 0.4295, 0.4500],
+        ("resnet20", "none", "adam", 2e-3): [0.4205, 0.4400, 0.4300, 0.4500],
+    }
+
+
+def test_the_study_on_cifar100_reports_what_its_plan_says(tmp_path):
+    effect = {
+        "update_norm_ratio": lambda epoch: 0.8 + epoch / 10,  # 0.9, 1.0, 1.1
+        "update_cosine": 0.6,
+        "update_norm_ratio_by_step": lambda epoch: [1.0, 0.9, 0.8] if epoch == 1 else None,
+    }
+    outcomes = cifar100([0.2, 0.4, 0.3, 0.1, 0.3, 0.2])
+    write(tmp_path, "cifar100", outcomes, record=effect)
+    report = written("cifar100", tmp_path)
+    assert "All 40 planned runs are in." in report
+    assert "equivalence within 1 point" in section(report, "The plan")
+
+    primary = section(report, "A, primary")
+    # Mean 0.25 and deviation 0.105 of the six differences: 0.25 -+ 2.571 * 0.105 / sqrt(6).
+    assert row(primary, "Autoscale minus AdamW")[0] == "+0.25 (+0.14 to +0.36)"
+    assert "Autoscale is 0.25 points above AdamW" in primary
+    assert "Equivalent within 1 point" in primary
+
+    assert "One family of 2 tests" in section(report, "B: which half")
+    mechanism = section(report, "C, the mechanism")
+    assert "Adam + L2, penalty x2.1 minus Adam + L2 | +2.00" in mechanism
+    assert "it is nearer to the stronger penalty" in mechanism
+    assert "p, Holm" not in mechanism
+    assert "p, Holm" not in section(report, "The baselines")
+
+    steps = section(report, "What each method did").partition("Adam + L2**")[0]
+    assert row(steps, "Autoscale") == [
+        *("0.900, 1.100, 1.000", "0.600, 0.600, 0.600", "0.640, 0.640, 0.640")
+    ]
+    assert "| AdamW |" not in steps
+    # Accuracy a third, two thirds, and all of 40 to 43 %: the last three are all epochs.
+    assert row(section(report, "Secondary").partition("Adam + L2**")[2], "Adam + L2") == [
+        *("1.000 ± 0.000", "27.67 ± 0.86")
+    ]
+    assert "## Time per step" not in report  # every run was metered
+
+
+def test_the_primary_test_waits_for_all_of_its_runs(tmp_path):
+    outcomes = cifar100([2.0] * 6)
+    outcomes["resnet20", "autoscale", "adamw"] = outcomes["resnet20", "autoscale", "adamw"][:5]
+    write(tmp_path, "cifar100", outcomes)
+    primary = section(written("cifar100", tmp_path), "A, primary")
+    assert "1 of the planned runs are not in yet; the test waits for all of them." in primary
+    assert "minus" not in primary
+    assert "above" not in primary
+
+
+# --- The files ------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -144,13 +240,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_report_comes_out_the_same_to_the_byte(tmp_path):
     accuracies = {("vit", method, "adamw"): [0.5, 0.6] for method in ("none", "autoscale")}
+    effect = {
+        "update_norm_ratio": 1.0,
+        "update_cosine": 0.9,
+        "update_norm_ratio_by_step": [1.0, 0.9],
+    }
     for copy in ("one", "two"):
-        write(tmp_path / copy, "vit", accuracies)
+        write(tmp_path / copy, "vit", accuracies, record=effect)
         write_report("vit", tmp_path / copy)
     first, second = contents(tmp_path / "one"), contents(tmp_path / "two")
-    pictures = [f"figure{n}.{kind}" for n in (1, 2, 3, 4) for kind in ("png", "svg")]
+    names = [*(f"figure{number}" for number in (1, 2, 3, 4)), "effect"]
+    pictures = [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert set(first) == {"REPORT.md", *pictures}
     assert first == second
+    for name in pictures:
+        if name.endswith("png"):
+            with Image.open(tmp_path / "one" / name) as picture:
+                assert len(set(picture.convert("L").tobytes())) > 10  # something is drawn
 
 
 @pytest.mark.parametrize("study", [name for name in STUDIES if (ROOT / "results" / name).exists()])
@@ -169,3 +275,8 @@ def test_the_committed_reports_are_those_of_the_committed_records(study, tmp_pat
 def test_a_folder_without_records_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"holds no records; make them with"):
         write_report("digits", tmp_path)
+
+
+def test_the_numbers_of_test_images_are_those_of_the_data():
+    assert TEST_IMAGES["digits"] == len(data.load("digits").test_labels)
+    assert TEST_IMAGES["digits"] < len(load_digits().target)

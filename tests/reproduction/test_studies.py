@@ -11,6 +11,7 @@ from reproduction.studies import STUDIES, compressed, cost, same_results
 from training import config
 from training.config import Experiment, Launch, recipe
 from training.optimizers import learning_rate_schedule
+from training.provenance import environment
 from training.record import SCHEMA
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +105,14 @@ def make_run(folder: Path, experiment: Experiment, records: list[dict]) -> None:
     """What a run leaves behind."""
     folder.mkdir()
     launch = Launch(out=folder, data_dir=folder / "data")
-    command = f"python reproduce.py --data-dir {folder}"
-    config.save(folder, experiment, launch, schema=SCHEMA, command=command, device="cpu")
+    about = {
+        "schema": SCHEMA,
+        "command": f"python reproduce.py --data-dir {folder}",
+        "num_classes": 100,
+        "channels": 3,
+        **environment(),
+    }
+    config.save(folder, experiment, launch, **about)
     lines = [json.dumps(line) + "\n" for line in records]
     (folder / "metrics.jsonl").write_text("".join(lines))
 

@@ -51,6 +51,7 @@ def test_every_option_is_read():
         "effect": True,
         "out": Path("results"),
         "resume": True,
+        "auto_resume": True,
         "checkpoint_minutes": 1.5,
         "fsdp": True,
         "coordinator": "localhost:1234",

@@ -23,6 +23,9 @@ RECORD = Record(
     scale_factor=0.4567,
     exponent=2,
     layer_std={},
+    update_norm_ratio=None,
+    update_cosine=None,
+    update_norm_ratio_by_step=None,
     images_per_second=123.4,
     seconds=10.0,
 )
@@ -72,6 +75,18 @@ def run_for_a_while(shown: Display) -> None:
         shown.epoch(Record(**RECORD | {"epoch": 2, "step": 20}))
 
 
+def test_a_run_whose_effect_is_measured_shows_it_in_its_table(capsys, now):
+    experiment = Experiment(epochs=2, effect=True)
+    with Display(experiment, steps_per_epoch=10, evaluation=2) as shown:
+        shown.start(0, [])
+        shown.step(1, 1.5, 2e-3, 0.321, 0.875)
+        shown.epoch(Record(**RECORD | {"update_norm_ratio": 0.75, "update_cosine": 0.875}))
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split()[-3:] == ["ratio", "cosine", "left"]
+    assert line.split()[-3:-1] == ["0.750", "0.875"]
+    assert max(len(header), len(line)) <= 80
+
+
 def test_a_terminal_shows_a_table_and_curves(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(
@@ -82,7 +97,7 @@ def test_a_terminal_shows_a_table_and_curves(monkeypatch):
     run_for_a_while(Display(Experiment(epochs=4, batch_size=8), steps_per_epoch=10, evaluation=2))
     shown = screen.getvalue()
     table, _, last = shown.rpartition("epoch 2/4")
-    assert "    2      2.5000     1.2500    50.00%     3.000e-03  0.4567       123" in table
+    assert "    2      2.5000     1.2500    50.00%  3.00e-03  0.4567       123" in table
     lines = ("epoch 2/4" + last).splitlines()
     assert "step 10/10" in lines[1]
     assert lines[2].split() == ["loss", "█" * 11 + "▁" * 11, "1.5"]
@@ -119,4 +134,4 @@ def test_a_method_without_a_scale_factor(capsys):
         shown.start(0, [])
         shown.step(1, 1.0, 1e-3, None)
         shown.epoch(Record(**RECORD | {"scale_factor": None}))
-    assert "3.000e-03       -       123" in capsys.readouterr().out
+    assert "3.00e-03       -       123" in capsys.readouterr().out

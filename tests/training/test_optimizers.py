@@ -124,7 +124,7 @@ def test_grafts_have_one_updates_direction_and_the_others_norm(optimizer):
         expected = flat[direction] / norms[direction] * norms[norm]
         np.testing.assert_allclose(flat[name], expected, rtol=1e-5, atol=1e-9)
     if optimizer == "sgd":
-        assert norms["none"] > 1.5 * norms["autoscale"]
+        assert abs(np.log(norms["none"] / norms["autoscale"])) > 0.4
 
 
 def test_a_graft_onto_nothing_is_nothing():

@@ -28,8 +28,9 @@ def git(tmp_path):
 
 def test_the_commit_is_that_of_the_sources(tmp_path, git):
     source, record = tmp_path / "training" / "record.py", tmp_path / "results" / "run.jsonl"
-    for file in (source, record):
-        file.parent.mkdir()
+    readme = tmp_path / "README.md"
+    for file in (source, record, readme):
+        file.parent.mkdir(exist_ok=True)
         file.write_text("as committed")
     assert provenance.commit_of(tmp_path) is None
     git("init")
@@ -37,7 +38,8 @@ def test_the_commit_is_that_of_the_sources(tmp_path, git):
     git("commit", "--message", "first")
     first = git("rev-parse", "HEAD")
     assert provenance.commit_of(tmp_path) == first
-    record.write_text("another record")
+    for written in (record, readme):
+        written.write_text("by a study")
     assert provenance.commit_of(tmp_path) == first
     source.write_text("changed")
     assert provenance.commit_of(tmp_path) == f"{first}-dirty"

@@ -42,7 +42,7 @@ def test_what_was_written_is_read(tmp_path):
         ({"train_loss": None}, "train_loss is None, not a finite number"),
         ({"seconds": True}, "seconds is True, not a finite number"),
         ({"global_std": "1"}, "global_std is '1', not a finite number"),
-        ({"layer_std": {"stem": float("inf")}}, "layer_std['stem'] is inf, not a finite number"),
+        ({"layer_std": {"stem": float("inf")}}, "layer_std of stem is inf, not a finite number"),
         ({"colour": 1}, "unknown: colour"),
     ],
 )

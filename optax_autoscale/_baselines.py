@@ -12,6 +12,8 @@ from optax_autoscale._moments import (
     KeyPath,
     LayerAxes,
     Moments,
+    centered_moments,
+    checked_layer_axes,
     default_layer_axes,
     map_layers,
     pooled_moments,
@@ -26,7 +28,7 @@ def gradient_centralization() -> optax.GradientTransformation:
 
     where :math:`j` is the last axis, the output features of Flax, Haiku and Keras kernels
     ``(..., in, out)``, and the mean is over all other axes. Leaves with fewer than two axes pass
-    through. ``optax.centralize`` keeps the first axis instead, and so, on these kernels, centres
+    through. ``optax.centralize`` keeps the first axis instead, and so, on these kernels, centers
     each row of the filter window.
 
     Returns:
@@ -58,7 +60,7 @@ def gradient_centralization() -> optax.GradientTransformation:
 
 
 def gradient_normalization(
-    alpha: jax.typing.ArrayLike = 1.0, *, axis_name: AxisName = None
+    *, alpha: jax.typing.ArrayLike = 1.0, axis_name: AxisName = None
 ) -> optax.GradientTransformation:
     r"""Gradient Normalization: all gradients are divided by their global norm.
 
@@ -108,9 +110,9 @@ def gradient_normalization(
 
 
 def zscore_normalization(
-    eps: jax.typing.ArrayLike = 1e-8,
     *,
-    layer_axes: LayerAxes = default_layer_axes,
+    eps: jax.typing.ArrayLike = 1e-8,
+    layer_axes: LayerAxes | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformation:
     r"""Z-Score Gradient Normalization (ZNorm): each layer's gradient to mean 0 and deviation 1.
@@ -122,17 +124,26 @@ def zscore_normalization(
 
     with the unbiased standard deviation of the layer's entries. Ineligible leaves pass through.
 
+    The deviation is that of the centered layer: a second pass, and a second all-reduce where leaves
+    are sharded. In one pass, :math:`\overline{G^2} - \mu^2` cancels where the mean is large beside
+    the deviation, and what rounding leaves of it is divided by :math:`\epsilon`.
+
     Args:
       eps: added to the standard deviation. It may be traced.
       layer_axes: see :func:`autoscale`.
       axis_name: see :func:`autoscale`.
 
     Returns:
-      A transformation without state whose updates have the gradients' shapes and dtypes.
+      A transformation without state whose updates have the gradients' shapes and dtypes. Up to
+      :math:`|\mu| / \sigma = 10^5`, float32 updates are exact to 1e-6 of the layer's largest. None
+      of the :math:`n` updates of a layer exceeds :math:`(n - 1) / \sqrt n`, up to rounding. Layers
+      whose entries are equal, or differ by less than the rounding of their mean, become 0, as do
+      those with a deviation below about 1e-19.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path.
-      ValueError: where ``layer_axes`` gives axes that a leaf does not have.
+      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+        ``layer_axes`` is not a function.
+      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -147,15 +158,22 @@ def zscore_normalization(
     References:
       Yun, `ZNorm: Z-Score Gradient Normalization <https://arxiv.org/abs/2408.01215>`_, 2024
     """
+    rule = checked_layer_axes(layer_axes)
 
     def normalize(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        moments = tree_moments(updates, layer_axes, axis_name)
+        means, moments = centered_moments(updates, rule, axis_name)
 
-        def standardize(grad: jax.Array, layer: Moments) -> jax.Array:
+        def standardize(grad: jax.Array, layer: Moments, mean: jax.Array) -> jax.Array:
+            # The mean was rounded, and all entries of the centered layer are off by the same small
+            # amount: its own mean. Where there is nothing else, as in a layer of equal entries, the
+            # difference of sums that the deviation is read off is noise.
+            deviation = grad - mean - layer.mean
+            squares = jnp.square(layer.std) * float(max(layer.size - 1, 1))
+            constant = squares <= 1e-3 * layer.squares
             std = layer.std + jnp.asarray(eps, layer.std.dtype)
-            return (grad - layer.mean) / std.astype(grad.dtype)
+            return jnp.where(constant, 0.0, deviation / std.astype(grad.dtype))
 
-        return map_layers(standardize, updates, moments)
+        return map_layers(standardize, updates, moments, means)
 
     return optax.stateless(normalize)

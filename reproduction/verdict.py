@@ -1,0 +1,620 @@
+"""The verdict: the paper's claims one by one, judged by rules from the records alone.
+
+The rules were written before the runs of the study on CIFAR-100 ended. A claim is judged in each
+study, once all planned runs of the arms that it is about are in. Its verdict is that of the study
+nearest to the paper's scale that could judge it; claims that one counterexample refutes are
+contradicted by one in any study.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from models import MODELS
+from reproduction import figures, inference, markdown
+from reproduction.contrasts import Contrast, families
+from reproduction.files import replacing
+from reproduction.groups import Arm, Group, group
+from reproduction.inference import ALPHA, MARGIN, Verdict
+from reproduction.report import difference, effect, measured, side
+from reproduction.studies import (
+    PAPER_ACCURACY,
+    PAPER_METHODS,
+    PAPER_MODELS,
+    STUDIES,
+    read,
+    same_results,
+)
+from training.optimizers import METHODS, OPTIMIZERS, method_label
+
+BY_SCALE = ("paper", "cifar100", "cpu", "digits", "vit", "ablation")  # the paper's own first
+BEGIN, END = "<!-- verdict: begin; generated from results/ -->", "<!-- verdict: end -->"
+
+Groups = Mapping[str, Sequence[Group]]  # by study
+
+
+class Finding(NamedTuple):
+    """What some runs say of a claim."""
+
+    text: str
+    brief: str  # the same in a word or two, for the summary
+    verdict: Verdict
+
+
+class Evidence(NamedTuple):
+    """What a study's runs of a network say of a claim."""
+
+    study: str
+    scale: str
+    model: str
+    optimizer: str
+    n: int  # seeds
+    planned: int
+    finding: Finding
+
+    @property
+    def verdict(self) -> Verdict:
+        """The finding's, when all planned runs are in."""
+        return "not tested" if self.n < self.planned else self.finding.verdict
+
+    @property
+    def seeds(self) -> str:
+        """The number of seeds."""
+        return f"{self.n} of {self.planned}" if self.n < self.planned else f"{self.n}"
+
+
+class Claim(NamedTuple):
+    """A claim of the paper, and how it is judged."""
+
+    title: str
+    rule: str
+    evidence: list[Evidence]
+    anywhere: bool = False  # whether one counterexample contradicts it, in whatever study
+
+    @property
+    def judged(self) -> list[Evidence]:
+        """The evidence of the study that decides."""
+        tested = [
+            [it for it in self.evidence if it.study == study and it.verdict != "not tested"]
+            for study in BY_SCALE
+        ]
+        against = [
+            evidence for evidence in tested if any(it.verdict == "contradicted" for it in evidence)
+        ]
+        return next(filter(None, [*(against if self.anywhere else []), *tested]), [])
+
+    @property
+    def verdict(self) -> Verdict:
+        """Contradicted by one group of runs; supported by all."""
+        verdicts = {it.verdict for it in self.judged}
+        for verdict in ("contradicted", "not distinguished", "supported"):
+            if verdict in verdicts:
+                return verdict
+        return "not tested"
+
+    @property
+    def basis(self) -> str:
+        """What the verdict is from, and what fewer runs at a larger scale show."""
+        judged = self.judged
+        nearer = BY_SCALE[: BY_SCALE.index(judged[0].study)] if judged else BY_SCALE
+        others = [it for it in self.evidence if it.study in nearer and it.verdict == "not tested"]
+        parts = []
+        for evidence, note in ((judged, ""), (others, "; not judged")):
+            for scale in dict.fromkeys(it.scale for it in evidence):
+                part = [it for it in evidence if it.scale == scale]
+                found = ", ".join(it.finding.brief for it in part)
+                seeds = "/".join(dict.fromkeys(it.seeds for it in part))
+                parts.append(f"{scale}: {found} (n = {seeds}{note})")
+        return "; ".join(parts) or "-"
+
+
+def write_verdict(results: Path) -> None:
+    """Writes `VERDICT.md` and its figure, and the block in the README beside the folder, if any.
+
+    The texts depend on the records alone, to the byte.
+
+    Args:
+      results: the folder of all studies.
+
+    Raises:
+      ValueError: if a file there is not a record.
+    """
+    groups = read_all(results)
+    draw(groups, results)
+    with replacing(results / "VERDICT.md") as part:
+        part.write_text(page(groups))
+    readme = results.absolute().parent / "README.md"
+    if readme.exists() and BEGIN in (text := readme.read_text()):
+        new = with_block(text, block(groups, f"{results.name}/"))
+        if new != text:
+            with replacing(readme) as part:
+                part.write_text(new)
+
+
+def read_all(results: Path) -> dict[str, list[Group]]:
+    """The runs of all studies; a study without records has groups without runs."""
+    return {name: group(STUDIES[name], read(results / name).values()) for name in BY_SCALE}
+
+
+def with_block(text: str, new: str) -> str:
+    """A text with what is between the markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{begin}\n{new}\n{end}{after}"
+
+
+NOTHING = Finding("-", "-", "not tested")
+
+# --- Claims about the dynamics --------------------------------------------------------------------
+
+
+def claims(groups: Groups) -> list[Claim]:
+    """The paper's claims other than those of its Table 1."""
+    return [
+        Claim(
+            "The global standard deviation of the gradients falls",
+            "It is lower in the last epoch than in the first in every run, and a t-test of the "
+            "mean change finds it; contradicted if the opposite holds.",
+            list(evidence(groups, ("autoscale",), trend)),
+        ),
+        Claim(
+            "The standard deviation falls in some layers and rises in others",
+            "It does from the first epoch to the last, in every run of at least two; one run in "
+            "which all layers agree contradicts it.",
+            list(evidence(groups, ("autoscale",), layers)),
+        ),
+        Claim(
+            "The factor $a_t$ is never above 1",
+            "No epoch's mean is above 1 in any run. By the paper's equation it is above 1 for "
+            "standard deviations between 0.018 and 55, whether or not these runs get there; "
+            "`max_scale=1.0` enforces the claim.",
+            list(evidence(groups, ("autoscale",), bound)),
+            anywhere=True,
+        ),
+        Claim(
+            "It converges",
+            "Every run ends, with a lower training loss than in its first epoch. The theorem "
+            "itself is about SGD on smooth losses.",
+            list(evidence(groups, ("autoscale",), convergence)),
+            anywhere=True,
+        ),
+        Claim(
+            "It is stabler than Z-score normalization",
+            STABLER,
+            list(evidence(groups, ("autoscale", "zscore"), stability)),
+        ),
+        Claim(
+            "It converges more smoothly than the plain optimizer",
+            STABLER,
+            list(evidence(groups, ("autoscale", "none"), stability)),
+        ),
+        Claim(
+            "It has no hyperparameters to tune",
+            "Not tested: no study varies the learning rate and the weight decay with and without "
+            "it, so none shows that what suits the plain optimizer suits it too.",
+            [],
+        ),
+    ]
+
+
+STABLER = (
+    "It diverges less often (exact McNemar test), or the last ten changes of its test accuracy "
+    "scatter less (paired t-test), each at half the level, and neither is the other way round."
+)
+
+
+def evidence(
+    groups: Groups,
+    keys: tuple[str, ...],
+    judge: Callable[[Sequence[Arm], float], Finding],
+) -> Iterator[Evidence]:
+    """What each group of runs says; the level is divided by the number of a study's groups."""
+    seen = set()
+    for study, all_groups in groups.items():
+        there = [
+            (each, [each.arms[key] for key in keys])
+            for each in all_groups
+            if all(key in each.shown for key in keys)
+        ]
+        for each, arms in there:
+            recipe = same_results(next(iter(arms[0].runs.values())).experiment)
+            if recipe in seen:  # a study may have runs of another one
+                continue
+            seen.add(recipe)
+            yield Evidence(
+                study,
+                each.scale,
+                MODELS[each.model].label,
+                OPTIMIZERS[each.optimizer].label,
+                min(sum(seed in arm.runs for seed in arm.seeds) for arm in arms),
+                min(len(arm.seeds) for arm in arms),
+                judge(arms, ALPHA / len(there)),
+            )
+
+
+def trend(arms: Sequence[Arm], alpha: float) -> Finding:
+    """Of the global standard deviation."""
+    series = [[record["global_std"] for record in run.records] for run in arms[0].runs.values()]
+    estimate, _ = inference.log_change(series)
+    if math.isnan(estimate.value):
+        return NOTHING
+    brief = f"x{math.exp(estimate.value):.2f}"
+    low, high = map(math.exp, estimate.interval())
+    text = f"{'falls' if estimate.value < 0 else 'rises'} to {brief}"
+    text += "" if math.isnan(low) else f" ({low:.2f} to {high:.2f})"
+    whole = [curve for curve in series if len(curve) == max(map(len, series))]
+    peak = int(np.argmax(np.mean(np.log(whole), axis=0))) + 1
+    text += f", highest in epoch {peak}"
+    return Finding(text, brief, inference.verdict_on_trend(series, alpha=alpha))
+
+
+def layers(arms: Sequence[Arm], alpha: float) -> Finding:
+    """Of each layer's standard deviation."""
+    del alpha  # no test: a count
+    falls, holds, total = [], [], 0
+    for run in arms[0].runs.values():
+        if len(run.records) > 1:
+            first, last = run.records[0]["layer_std"], run.records[-1]["layer_std"]
+            falls.append(sum(last[name] < first[name] for name in first))
+            holds.append(falls[-1] > 0 and any(last[name] > first[name] for name in first))
+            total = len(first)
+    if not falls:
+        return NOTHING
+    some = "/".join(map(str, sorted({min(falls), max(falls)})))
+    text = f"falls in {some.replace('/', ' to ')} of {total} layers"
+    return Finding(text, f"{some} of {total} fall", inference.verdict_on_every_run(holds))
+
+
+def bound(arms: Sequence[Arm], alpha: float) -> Finding:
+    """Of the factor."""
+    del alpha
+    series = [[record["scale_factor"] for record in run.records] for run in arms[0].runs.values()]
+    if not (recorded := [value for run in series for value in run if value is not None]):
+        return NOTHING
+    brief = f"{math.ceil(100 * max(recorded)) / 100:.2f}"  # rounded up: a bound
+    return Finding(f"at most {brief}", brief, inference.verdict_on_bound(series))
+
+
+def convergence(arms: Sequence[Arm], alpha: float) -> Finding:
+    """Of the training loss."""
+    del alpha
+    holds = [
+        not run.description["diverged"]
+        and run.records[-1]["train_loss"] < run.records[0]["train_loss"]
+        for run in arms[0].runs.values()
+    ]
+    brief = f"{sum(holds)} of {len(holds)}"
+    return Finding(f"{brief} runs", brief, inference.verdict_on_every_run(holds))
+
+
+def stability(arms: Sequence[Arm], alpha: float) -> Finding:
+    """Of the first arm, beside the second."""
+    curves = {
+        name: {
+            seed: None
+            if run.description["diverged"]
+            else [100 * record["test_accuracy"] for record in run.records]
+            for seed, run in arm.runs.items()
+            if seed in arm.seeds
+        }
+        for name, arm in zip(("ours", "other"), arms, strict=True)
+    }
+    found = inference.compare_stability(curves, "ours", "other")
+    brief = f"{found.diverged[0]} and {found.diverged[1]} diverged"
+    text = brief
+    if not math.isnan(found.roughness.standard_error):
+        low, high = found.roughness.interval()
+        text += f", scatter {found.roughness.value:+z.2f} ({low:+z.2f} to {high:+z.2f})"
+        brief = brief if any(found.diverged) else f"scatter {found.roughness.value:+z.2f}"
+    return Finding(text, brief, inference.verdict_on_stability(found, alpha))
+
+
+# --- Table 1 --------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A cell of the paper's Table 1, beside what the runs found."""
+
+    model: str
+    method: str
+    claimed: float  # points above the plain optimizer; for that itself its accuracy in %
+    cifar100: str  # found there: difference, interval, n, epochs
+    digits: str
+    verdict: Verdict
+    contrast: Contrast | None  # what the verdict is from
+
+
+def cells(groups: Groups) -> list[Cell]:
+    """Table 1, cell by cell; only runs on the paper's data set can judge one."""
+    contrasts = {
+        study: [
+            each
+            for family in families(study, groups[study])
+            for each in family.contrasts
+            if (each.group.optimizer, each.baseline) == ("adamw", "none")
+        ]
+        for study in ("paper", "cifar100", "cpu", "digits")
+    }
+
+    def find(study: str, dataset: str, model: str, method: str) -> Contrast | None:
+        for each in contrasts[study]:
+            if (each.group.dataset, each.group.model, each.method) == (dataset, model, method):
+                return each
+        return None
+
+    found = []
+    for model in PAPER_MODELS:
+        plain = PAPER_ACCURACY[model]["none"]
+        found.append(_absolute(groups["paper"], model, plain))
+        for method in PAPER_METHODS[1:]:
+            claimed = round(PAPER_ACCURACY[model][method] - plain, 2)
+            tried = [find(study, "cifar100", model, method) for study in BY_SCALE[:3]]
+            begun = [
+                each for each in tried if each and (method in each.group.shown or each is tried[1])
+            ]
+            judged = [each for each in begun if each.verdict(claimed) != "not tested"]
+            best = next(iter([*judged, *begun]), None)
+            small = find("digits", "digits", model, method)
+            found.append(
+                Cell(
+                    model,
+                    method,
+                    claimed,
+                    "; ".join(map(in_short, judged[:1] or begun)) or "-",
+                    in_short(small) if small else "-",
+                    best.verdict(claimed) if best else "not tested",
+                    best,
+                )
+            )
+    return found
+
+
+def _absolute(all_groups: Sequence[Group], model: str, claimed: float) -> Cell:
+    """The plain optimizer's accuracy, which only the paper's own scale can judge."""
+    (each,) = (it for it in all_groups if (it.dataset, it.model) == ("cifar100", model))
+    arm = each.arms["none"]
+    if arm.missing:
+        return Cell(model, "none", claimed, "-", "-", "not tested", None)
+    values = arm.accuracies()
+    paper = dict.fromkeys(values, claimed)
+    comparison = inference.compare({"ours": values, "paper": paper}, "ours", "paper")
+    verdict = inference.verdict_on_difference(comparison, 0, family=len(PAPER_MODELS))
+    text = f"{difference(comparison)} from the paper's, n = {len(values)}"
+    return Cell(model, "none", claimed, text, "-", verdict, None)
+
+
+def in_short(contrast: Contrast) -> str:
+    """A difference with its interval, n and epochs; or what is missing."""
+    comparison = contrast.comparison
+    epochs = f"{contrast.group.epochs} epochs"
+    if comparison.missing:
+        return f"{markdown.count(comparison.missing, 'planned run')} missing, {epochs}"
+    text = difference(comparison)
+    if math.isfinite(comparison.estimate.standard_error) and not any(comparison.diverged):
+        text += f", n = {comparison.estimate.n}"
+    return f"{text}, {epochs}"
+
+
+# --- Texts ----------------------------------------------------------------------------------------
+
+
+def page(groups: Groups) -> str:
+    """`VERDICT.md`."""
+    judged, table1 = claims(groups), cells(groups)
+    labels = {"none": "AdamW"} | {method: METHODS[method].label for method in PAPER_METHODS[1:]}
+    rows = [
+        [
+            f"{MODELS[cell.model].label}, {labels[cell.method]}",
+            f"{cell.claimed:.2f} %" if cell.method == "none" else f"{cell.claimed:+.2f}",
+            cell.cifar100,
+            cell.digits,
+            f"*{cell.verdict}*",
+        ]
+        for cell in table1
+    ]
+    header = ["cell", "paper", "CIFAR-100 here", "digits here", "verdict"]
+    parts = [
+        "# The verdict",
+        block(groups, ""),
+        "This page is made from the records in this folder, by rules in `reproduction/verdict.py` "
+        "and `reproduction/inference.py` that were written before the runs on CIFAR-100 ended. "
+        "A claim is *supported*, *contradicted*, *not distinguished* (tested without a clear "
+        "answer) or *not tested*. It is judged in each study when all planned runs that it needs "
+        "are in; its verdict is that of the study nearest to the paper's scale, CIFAR-100 for 200 "
+        f"epochs. Intervals are 95% intervals; tests are at {ALPHA:g}, corrected within a study.",
+        "## Table 1, cell by cell",
+        "Accuracy in points above AdamW; for AdamW itself in %. Only runs on CIFAR-100 judge a "
+        "cell: its direction is tested against 0, its size against the paper's less "
+        f"{markdown.count(int(MARGIN), 'point')}. AdamW's own accuracy can only be judged at the "
+        "paper's scale, `python reproduce.py --preset paper`. What digits show stands beside it.",
+        markdown.table(header, rows),
+        "## The other claims, one by one",
+    ]
+    for claim in judged:
+        parts.append(f"### {claim.title}: *{claim.verdict}*\n\n{claim.rule}")
+        if claim.evidence:
+            lines = [
+                [
+                    it.scale,
+                    f"{it.model}, {it.optimizer}",
+                    it.seeds,
+                    it.finding.text,
+                    f"*{it.verdict}*",
+                ]
+                for it in claim.evidence
+            ]
+            parts.append(
+                markdown.table(["scale", "network, optimizer", "n", "found", "verdict"], lines)
+            )
+    reports = [
+        f"[{STUDIES[name].title}]({name}/REPORT.md)"
+        for name in BY_SCALE
+        if any(each.shown for each in groups[name])
+    ]
+    parts += ["## The reports", "\n".join(f"- {each}" for each in reports)]
+    return "\n\n".join(parts) + "\n"
+
+
+def block(groups: Groups, prefix: str) -> str:
+    """The summary: a table, a figure, three lines.
+
+    Args:
+      groups: the runs of all studies.
+      prefix: leads to the folder of the results.
+    """
+    rows = [
+        [
+            f"{MODELS[cell.model].label} on CIFAR-100: {cell.claimed:+.2f} points over AdamW",
+            f"*{cell.verdict}*",
+            cell.cifar100,
+        ]
+        for cell in cells(groups)
+        if cell.method == "autoscale"
+    ]
+    rows += [[claim.title, f"*{claim.verdict}*", claim.basis] for claim in claims(groups)]
+    lines = [
+        f"**Does it help?** {helps(groups)}",
+        f"**What does it do to the steps?** {acts(groups)}",
+        f"**Should you add it?** {advice(groups)}",
+    ]
+    caption = "Autoscale's test accuracy minus the plain optimizer's, with 95% intervals."
+    return "\n\n".join(
+        [
+            *lines,
+            markdown.table(["the paper's claim", "verdict", "from"], rows),
+            f"![{caption}]({prefix}verdict.png)",
+            *([f"[The verdict in full]({prefix}VERDICT.md)"] if prefix else []),
+        ]
+    )
+
+
+def helps(groups: Groups) -> str:
+    """Whether accuracies are better, by the nearest to the paper's scale that can say so."""
+    cell = next(it for it in cells(groups) if (it.model, it.method) == ("resnet20", "autoscale"))
+    diverged = cell.contrast and any(cell.contrast.comparison.diverged)
+    if cell.contrast and (cell.verdict != "not tested" or diverged):
+        tested = inference.in_words(cell.contrast.comparison, *cell.contrast.labels)
+        return f"ResNet-20 on {cell.contrast.group.scale}: {tested}"
+    small = [
+        each
+        for family in families("digits", groups["digits"])
+        for each in family.contrasts
+        if (each.method, each.baseline) == ("autoscale", "none") and not each.comparison.missing
+    ]
+    missing = cell.contrast.comparison.missing if cell.contrast else 0
+    text = (
+        f"Not known yet: of the runs on CIFAR-100 that decide it, {missing} are missing."
+        if missing
+        else f"Not known yet; on CIFAR-100: {cell.cifar100}."
+    )
+    if small:
+        clear = sum(each.significant for each in small)
+        text += (
+            f" On digits, a far smaller problem, {clear or 'none'} of {len(small)} differences "
+            f"from {small[0].labels[1]} {'is' if clear == 1 else 'are'} significant: "
+        )
+        text += ", ".join(
+            f"{MODELS[each.group.model].label} {difference(each.comparison)}" for each in small
+        )
+        text += f" points, corrected for {small[0].family} tests."
+    return text
+
+
+def acts(groups: Groups) -> str:
+    """What happens to the optimizer's steps, measured if it was."""
+    text = (
+        "AdamW divides constant factors out, so only the centering and the change of the factor "
+        "over time act on its steps."
+    )
+    for study in BY_SCALE:
+        for each in groups[study]:
+            arms = [arm for arm in measured(each) if arm.method == "autoscale"]
+            if each.optimizer == "adamw" and arms:
+                ratio, _, unexplained = effect(arms[0])
+                return (
+                    f"{text} {MODELS[each.model].label}, {each.scale}: they are "
+                    f"x{ratio[0]:.2f} as long as AdamW's in the first epoch and x{ratio[-1]:.2f} "
+                    f"in the last, and {unexplained.mean():.0%} of them is not explained by any "
+                    "learning rate."
+                )
+    return f"{text} These runs did not measure how much that is; `measure_effect` does in yours."
+
+
+def advice(groups: Groups) -> str:
+    """What to do, by what is known of ResNet-20 on CIFAR-100."""
+    cell = next(it for it in cells(groups) if (it.model, it.method) == ("resnet20", "autoscale"))
+    contrast, own = cell.contrast, "compare it with your plain optimizer over several seeds"
+    if cell.verdict == "not tested" or contrast is None:
+        return f"No gain has been shown yet. If you try it, {own}."
+    if contrast.equivalent:
+        return (
+            "It makes no difference that matters here: the change is shown to be less than "
+            f"{markdown.count(int(MARGIN), 'point')}."
+        )
+    if cell.verdict == "supported":
+        return f"It is worth a try on a network like this one; {own}."
+    if contrast.significant and side(contrast) == "below":
+        return "No: it cost accuracy here."
+    if contrast.significant:
+        return f"Expect a smaller gain than the paper's; {own}."
+    if cell.verdict == "contradicted":
+        return "Do not expect the paper's gain: one of its size is ruled out at this scale."
+    return f"No gain is shown, and one of the paper's size is not ruled out; {own}."
+
+
+def draw(groups: Groups, folder: Path) -> None:
+    """Draws `autoscale` minus the plain optimizer in each study, beside the paper's numbers."""
+    rows: list[tuple[str, Contrast]] = []
+    seen = set()
+    for study in BY_SCALE:
+        for family in families(study, groups[study]):
+            for each in family.contrasts:
+                estimate = each.comparison.estimate
+                if (each.method, each.baseline) != ("autoscale", "none"):
+                    continue
+                if math.isnan(estimate.standard_error) or any(each.comparison.diverged):
+                    continue
+                arm = each.group.arms["autoscale"]
+                recipe = same_results(next(iter(arm.runs.values())).experiment)
+                if recipe not in seen:
+                    label = f"{MODELS[each.group.model].label}, {each.group.scale}, "
+                    label += f"{method_label('none', each.group.optimizer)}, n = {estimate.n}"
+                    rows.append((label, each))
+                seen.add(recipe)
+    with figures.figure_of(folder / "verdict", (7.5, 1.1 + 0.3 * max(len(rows), 1))) as figure:
+        forest(figure, rows)
+
+
+def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
+    """Intervals of differences, one below the other."""
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=0.8)
+    paper: list[tuple[float, int]] = []
+    for place, (_, each) in enumerate(rows):
+        estimate, spec = each.comparison.estimate, METHODS["autoscale"]
+        # Without the last digits, which the version of NumPy or SciPy may change.
+        value, low, high = (round(number, 6) for number in (estimate.value, *estimate.interval()))
+        axes.plot([low, high], [place, place], color=spec.color, linewidth=1.5)
+        axes.plot(
+            value,
+            place,
+            "o",
+            color=spec.color,
+            label="" if place else "here, 95% interval",
+        )
+        if each.group.optimizer == "adamw" and each.group.model in PAPER_ACCURACY:
+            claimed = PAPER_ACCURACY[each.group.model]
+            paper.append((claimed["autoscale"] - claimed["none"], place))
+    if paper:
+        x, y = zip(*paper, strict=True)
+        axes.plot(x, y, "D", color="black", fillstyle="none", label="the paper: CIFAR-100, one run")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("test accuracy, Autoscale minus the plain optimizer, points")
+    if rows:
+        figure.legend(loc="outside upper center", ncols=2)

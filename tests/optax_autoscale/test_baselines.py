@@ -1,0 +1,201 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_autoscale import (
+    gradient_centralization,
+    gradient_normalization,
+    zscore_normalization,
+)
+from tests import oracle
+
+METHODS = {
+    "centralization": gradient_centralization,
+    "normalization": gradient_normalization,
+    "zscore": zscore_normalization,
+}
+
+
+def random_grads(scale: float = 1e-3, dtype: str = "float32"):
+    rng = np.random.default_rng(0)
+    return {
+        "conv": jnp.asarray(scale * (rng.standard_normal((3, 3, 4, 8)) + 0.5), dtype),
+        "bias": jnp.asarray(scale * rng.standard_normal(8), dtype),
+        "dense": jnp.asarray(scale * (rng.standard_normal((8, 10)) - 1), dtype),
+    }
+
+
+def apply(tx, grads):
+    updates, _ = tx.update(grads, tx.init(grads))
+    return updates
+
+
+def assert_equals(updates, expected):
+    for name, reference in expected.items():
+        ulp = float(jnp.finfo(updates[name].dtype).eps)
+        np.testing.assert_allclose(
+            oracle.float64(updates[name]),
+            reference,
+            rtol=max(ulp, 1e-5),
+            atol=1e-5 * np.abs(reference).max(),
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_centralization_has_one_mean_per_output_feature(dtype):
+    grads = random_grads(dtype=dtype)
+    expected = {name: oracle.float64(grad) for name, grad in grads.items()}
+    for name in ("conv", "dense"):
+        rows = expected[name].reshape(-1, expected[name].shape[-1])
+        expected[name] = (rows - rows.mean(0)).reshape(expected[name].shape)
+    assert_equals(apply(gradient_centralization(), grads), expected)
+
+
+def test_optax_centralize_is_another_method_on_flax_kernels():
+    grads = random_grads()
+    ours, theirs = apply(gradient_centralization(), grads), apply(optax.centralize(), grads)
+    np.testing.assert_allclose(ours["conv"].mean((0, 1, 2)), 0, atol=1e-9)
+    assert jnp.abs(theirs["conv"].mean((0, 1, 2))).max() > 1e-5
+    np.testing.assert_allclose(theirs["conv"].mean((1, 2, 3)), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
+def test_normalization_gives_all_leaves_together_the_norm_alpha(alpha, dtype):
+    grads = random_grads(dtype=dtype)
+    wide = {name: oracle.float64(grad) for name, grad in grads.items()}
+    norm = np.sqrt(sum((grad**2).sum() for grad in wide.values()))
+    expected = {name: alpha * grad / norm for name, grad in wide.items()}
+    assert_equals(apply(gradient_normalization(alpha=alpha), grads), expected)
+
+
+def test_zero_gradients_stay_zero():
+    zeros = jax.tree.map(jnp.zeros_like, random_grads())
+    for method in METHODS.values():
+        for update in jax.tree.leaves(apply(method(), zeros)):
+            np.testing.assert_array_equal(update, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-3, 1e3])
+def test_zscore_standardizes_each_layer(scale):
+    grads = random_grads(scale)
+    expected = {name: oracle.zscore(grads[name]) for name in ("conv", "dense")}
+    updates = apply(zscore_normalization(), grads)
+    assert_equals(updates, expected)
+    np.testing.assert_array_equal(updates["bias"], grads["bias"])
+
+
+zscore = jax.jit(lambda grad: apply(zscore_normalization(), {"w": grad})["w"])
+settings = hypothesis.settings(deadline=None, max_examples=60)
+
+
+def assert_standardized(grad, tolerance=1e-6):
+    """Near the oracle, relative to the largest entry, and not beyond what n entries allow."""
+    expected, got = oracle.zscore(grad), oracle.float64(zscore(grad))
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+    assert np.abs(got).max() <= (grad.size - 1) / np.sqrt(grad.size) * (1 + tolerance)
+
+
+def test_zscore_of_two_entries():
+    np.testing.assert_allclose(
+        zscore(jnp.array([[3.0, 3.001]])), [[-(0.5**0.5), 0.5**0.5]], rtol=1e-4
+    )
+
+
+@hypothesis.given(
+    shape=st.sampled_from([(1, 2), (3, 5), (16, 16), (3, 3, 16, 33)]),
+    seed=st.integers(0, 2**31),
+    log_scale=st.floats(-6, 6),
+    log_ratio=st.floats(-2, 5),
+    sign=st.sampled_from([-1, 1]),
+)
+@settings
+def test_zscore_of_layers_whose_mean_is_up_to_100_000_deviations(
+    shape, seed, log_scale, log_ratio, sign
+):
+    entries = np.random.default_rng(seed).standard_normal(shape)
+    deviations = (entries - entries.mean()) / entries.std(ddof=1)
+    grad = jnp.asarray(10**log_scale * (deviations + sign * 10**log_ratio), jnp.float32)
+    hypothesis.assume(jnp.ptp(grad) > 0)  # of two entries, rounding may have left one
+    assert_standardized(grad)
+
+
+def test_zscore_of_a_million_entries_with_a_large_mean():
+    entries = np.random.default_rng(0).standard_normal((1000, 1000))
+    assert_standardized(jnp.asarray(entries + 1e5, jnp.float32))
+
+
+@hypothesis.given(
+    base=st.floats(2.0**-40, 2.0**40, width=32),
+    ulps=st.lists(st.integers(0, 3), min_size=7, max_size=7),
+    zeros=st.integers(0, 2000),
+)
+@settings
+def test_no_zscore_exceeds_its_bound(base, ulps, zeros):
+    """The worst layers: all but a few entries equal, and those are the next numbers of float32."""
+    grad = np.full((1, 2007), base, np.float32)
+    grad[0, zeros : zeros + 7] += np.array(ulps) * np.spacing(np.float32(base))
+    assert np.abs(zscore(grad)).max() <= (grad.size - 1) / np.sqrt(grad.size) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.1, 1e6 / 3, 7e17, 1 + 2j])
+@pytest.mark.parametrize("size", [1, 3, 37, 100_003])
+def test_zscore_of_equal_entries_is_zero(size, value):
+    grad = jnp.full((1, size), value)
+    np.testing.assert_array_equal(zscore(grad), 0)
+    np.testing.assert_array_equal(apply(zscore_normalization(eps=0.0), grad), 0)
+
+
+def test_zscore_of_other_types_and_of_stacks():
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((3, 8, 9)) + 1j * rng.standard_normal((3, 8, 9))
+    kernels = {
+        "complex64": jnp.asarray(noise + 1000j, jnp.complex64),
+        "bfloat16": jnp.asarray(noise.real + 20, jnp.bfloat16),
+        "float32": jnp.asarray(noise.real + np.array([0, 1e3, 1e5]).reshape(3, 1, 1), jnp.float32),
+    }
+    updates = apply(zscore_normalization(layer_axes=lambda path, leaf: (1, 2)), kernels)
+    for name, got in updates.items():
+        assert got.dtype == name
+        for layer, kernel in zip(got, kernels[name], strict=True):
+            wide = np.asarray(layer.astype(jnp.float32) if name == "bfloat16" else layer)
+            rtol = 2.0**-8 if name == "bfloat16" else 0
+            np.testing.assert_allclose(wide, oracle.zscore(kernel), rtol=rtol, atol=4e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_entry_shows_in_its_own_layer_only(bad):
+    grads = random_grads()
+    expected = apply(zscore_normalization(), grads)["conv"]
+    updates = apply(zscore_normalization(), grads | {"dense": grads["dense"].at[0, 0].set(bad)})
+    assert np.isnan(updates["dense"]).all()
+    np.testing.assert_array_equal(updates["conv"], expected)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_contract(method):
+    grads = random_grads(dtype="bfloat16") | {"none": None, "scalar": jnp.float16(0.5)}
+    eager = apply(method(), grads)
+    jitted = jax.jit(lambda grads: apply(method(), grads))(grads)
+    assert jax.tree.structure(eager) == jax.tree.structure(grads)
+    for grad, update, compiled in zip(*map(jax.tree.leaves, (grads, eager, jitted)), strict=True):
+        assert update.dtype == compiled.dtype == grad.dtype
+        np.testing.assert_allclose(
+            oracle.float64(update), oracle.float64(compiled), rtol=1e-2, atol=1e-6
+        )
+    assert apply(method(), {}) == {}
+    with pytest.raises(TypeError, match=r"\['steps'\] is int32"):
+        apply(method(), {"steps": jnp.ones((2, 2), jnp.int32)})
+
+
+def test_hyperparameters_may_be_traced():
+    grads = random_grads()
+    tx = optax.inject_hyperparams(gradient_normalization)(alpha=2.0)
+    state = tx.init(grads)
+    updates, _ = jax.jit(tx.update)(grads, state)
+    np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-5)

@@ -1,0 +1,81 @@
+"""Checkpoints whose folder is lost, moved or cannot be written while a run is in progress."""
+
+import shutil
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from training.checkpoints import CheckpointError, Checkpoints
+
+
+def state(step: int) -> Any:
+    return {"step": jnp.int32(step), "params": jnp.arange(6.0) * step}
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path, said):
+    with Checkpoints(tmp_path / "run" / "checkpoints", said.append) as opened:
+        opened.save(1, state(1))
+        opened.wait()
+        yield opened
+
+
+def latest(folder) -> int:
+    with Checkpoints(folder, print) as opened:
+        restored: Any = opened.restore(state(0))
+    np.testing.assert_array_equal(restored["params"], np.arange(6.0) * int(restored["step"]))
+    return int(restored["step"])
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "emptied", "while it is written"])
+def test_lost_ones_start_again(how, checkpoints, said, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    if how == "while it is written":
+        checkpoints.save(2, state(2))
+    if how == "moved":
+        folder.rename(tmp_path / "elsewhere")
+    else:
+        while folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    if how == "emptied":
+        folder.mkdir()
+    checkpoints.save(3, state(3))
+    checkpoints.wait()
+    assert said == [f"the checkpoints in {folder} are gone; they start again with step 3"]
+    checkpoints.save(4, state(4))
+    checkpoints.wait()
+    assert len(said) == 1
+    assert latest(folder) == 4
+
+
+def test_a_run_that_is_moved_is_left_alone(checkpoints, tmp_path):
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=f"was moved to {tmp_path / 'moved'} while"):
+        checkpoints.save(2, state(2))
+    assert not (tmp_path / "run").exists()
+    assert latest(tmp_path / "moved" / "checkpoints") == 1
+    (tmp_path / "moved").rename(tmp_path / "run")  # for the fixture's end
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (PermissionError(13, "Permission denied"), "resume with --resume after step 1, the latest"),
+        (OSError(28, "No space left on device"), "make room and resume with --resume"),
+        (ValueError("EXHAUSTED: No space left on device"), "make room and resume with --resume"),
+    ],
+)
+def test_a_write_that_fails(error, remedy, checkpoints, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", fail)
+    with pytest.raises(CheckpointError, match=rf"step 2 could not .*\); {remedy}"):
+        checkpoints.save(2, state(2))
