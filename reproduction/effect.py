@@ -6,8 +6,7 @@ its own, gets the gradients of that run, and `measure_effect` compares its updat
     python -m reproduction.effect --data-dir ~/tensorflow_datasets
     python -m reproduction.effect --report    # the table and the figure, from the records alone
 
-A seed is 200 steps, each with the gradients of two batches. What is missing is run; a seed that was
-interrupted starts again.
+A seed is 200 steps, each with the gradients of two batches. Only seeds without a record are run.
 """
 
 import dataclasses
@@ -104,18 +103,19 @@ def main() -> None:
 def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> None:
     """Writes the record of a run, a line with its description and then one for each step.
 
-    Nothing is done where the file is complete already.
+    Nothing is done where the file is there already. Until it is complete its name ends in `.part`.
     """
-    if path.exists() and len(path.read_text().splitlines()) == 1 + steps:
+    if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
     description = {
         "command": shlex.join(["python", "-m", "reproduction.effect"]),
         "config": dataclasses.asdict(experiment),
         "steps": steps,
         **environment(),
     }
-    with path.open("w") as file:
+    with part.open("w") as file:
         file.write(json.dumps(description) + "\n")
         for line in measure(experiment, dataset, steps):
             file.write(json.dumps(line) + "\n")
@@ -124,6 +124,7 @@ def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> 
                 print(
                     f"{path}: step {line['step']} of {steps}, loss {line['loss']:.3f}", flush=True
                 )
+    part.replace(path)
 
 
 def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[dict[str, Any]]:
@@ -243,10 +244,8 @@ def moving_average(values: np.ndarray, decay: float) -> np.ndarray:
 
 
 def read(path: Path) -> Trajectory:
-    """The record in a file; raises ValueError where it is not complete."""
+    """The record in a file."""
     first, *lines = map(json.loads, path.read_text().splitlines())
-    if len(lines) != first["steps"]:
-        raise ValueError(f"{path} has {len(lines)} steps of {first['steps']}; run it again")
 
     def column(key: str) -> dict[str, np.ndarray]:
         return {name: np.array([line[key][name] for line in lines]) for name in lines[0][key]}
@@ -262,7 +261,7 @@ def write_report(folder: Path) -> None:
     """Writes `REPORT.md` and `effect.png` from the records in a folder.
 
     Raises:
-      ValueError: if there is no record, or one that is not complete.
+      ValueError: if there is no record.
     """
     runs = [read(path) for path in sorted(folder.glob("seed*.jsonl"))]
     if not runs:
