@@ -56,7 +56,7 @@ class EffectSums(NamedTuple):
 
     @property
     def unexplained(self) -> jax.Array:
-        """The share of ``|u|^2`` that no learning rate of the reference explains: 1 - cosine^2.
+        """``1 - cosine^2``, the share of ``|u|^2`` that no learning rate of the reference explains.
 
         In float32, shares below about 1e-6 are rounding.
         """
@@ -64,7 +64,7 @@ class EffectSums(NamedTuple):
 
     @property
     def learning_rate_factor(self) -> jax.Array:
-        """The factor on the reference's learning rate that explains the rest: ``Re<u, r> / |r|^2``.
+        """``Re<u, r> / |r|^2``, the factor on the reference's learning rate that explains the rest.
 
         It is ``norm_ratio * cosine``, and leaves the least ``|u - factor * r|``.
         """

@@ -6,8 +6,7 @@ its own, gets the gradients of that run, and `measure_effect` compares its updat
     python -m reproduction.effect --data-dir ~/tensorflow_datasets
     python -m reproduction.effect --report    # the table and the figure, from the records alone
 
-A seed is 200 steps, each with the gradients of two batches. What is missing is run; a seed that was
-interrupted starts again.
+A seed is 200 steps, each with the gradients of two batches. Only seeds without a record are run.
 """
 
 import dataclasses
@@ -80,7 +79,6 @@ class Trajectory(NamedTuple):
     """The record of one seed; arrays of shape `(steps,)`."""
 
     description: dict[str, Any]
-    seconds: float
     global_std: np.ndarray  # of the raw gradients, s_t of the paper
     scale_factor: dict[str, np.ndarray]  # a_t of each method that has one
     norm_ratio: dict[str, np.ndarray]  # of each method's update and AdamW's
@@ -105,18 +103,19 @@ def main() -> None:
 def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> None:
     """Writes the record of a run, a line with its description and then one for each step.
 
-    Nothing is done where the file is complete already.
+    Nothing is done where the file is there already. Until it is complete its name ends in `.part`.
     """
-    if path.exists() and len(path.read_text().splitlines()) == 1 + steps:
+    if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
     description = {
         "command": shlex.join(["python", "-m", "reproduction.effect"]),
         "config": dataclasses.asdict(experiment),
         "steps": steps,
         **environment(),
     }
-    with path.open("w") as file:
+    with part.open("w") as file:
         file.write(json.dumps(description) + "\n")
         for line in measure(experiment, dataset, steps):
             file.write(json.dumps(line) + "\n")
@@ -125,6 +124,7 @@ def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> 
                 print(
                     f"{path}: step {line['step']} of {steps}, loss {line['loss']:.3f}", flush=True
                 )
+    part.replace(path)
 
 
 def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[dict[str, Any]]:
@@ -244,17 +244,14 @@ def moving_average(values: np.ndarray, decay: float) -> np.ndarray:
 
 
 def read(path: Path) -> Trajectory:
-    """The record in a file; raises ValueError where it is not complete."""
+    """The record in a file."""
     first, *lines = map(json.loads, path.read_text().splitlines())
-    if len(lines) != first["steps"]:
-        raise ValueError(f"{path} has {len(lines)} steps of {first['steps']}; run it again")
 
     def column(key: str) -> dict[str, np.ndarray]:
         return {name: np.array([line[key][name] for line in lines]) for name in lines[0][key]}
 
     return Trajectory(
         first,
-        lines[-1]["seconds"],
         np.array([line["global_std"] for line in lines]),
         *(column(key) for key in ("scale_factor", "norm_ratio", "cosine")),
     )
@@ -264,7 +261,7 @@ def write_report(folder: Path) -> None:
     """Writes `REPORT.md` and `effect.png` from the records in a folder.
 
     Raises:
-      ValueError: if there is no record, or one that is not complete.
+      ValueError: if there is no record.
     """
     runs = [read(path) for path in sorted(folder.glob("seed*.jsonl"))]
     if not runs:
@@ -274,64 +271,82 @@ def write_report(folder: Path) -> None:
 
 
 def report(runs: Sequence[Trajectory]) -> str:
-    """The table, with what it was measured on."""
+    """The table, and what it was measured on; at the comments the guide takes it apart."""
     rows = []
     for name in (*COMPARED, *OTHERS):
-        cosine = over_seeds([run.cosine[name] for run in runs])
-        unexplained = over_seeds([100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1)
-        rows.append([label(name), over_seeds([run.norm_ratio[name] for run in runs])])
-        rows[-1] += [cosine, unexplained]
+        rows.append(
+            [
+                label(name),
+                over_seeds([run.norm_ratio[name] for run in runs]),
+                over_seeds([run.cosine[name] for run in runs]),
+                over_seeds([100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1),
+            ]
+        )
         if name == "scaling":
-            rows.append(["its ratio in closed form", over_seeds([expected(run) for run in runs])])
-            rows[-1] += ["", ""]
-    header = ["before AdamW", "norm ratio", "cosine", "no learning rate explains, %"]
+            forms = over_seeds([expected(run) for run in runs])
+            rows.append(["*the same in closed form*", forms, "*1*", "*0*"])
+    header = ["followed by AdamW", "norm ratio", "cosine", "unexplained, %"]
     first = runs[0].description
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
-    commits = ", ".join(sorted({run.description["commit"][:12] for run in runs}))
-    minutes = sum(run.seconds for run in runs) / 60
-    factors = " and ".join(
-        f"{over_seeds([run.scale_factor['scaling'][[step]] for run in runs], skip=0)} at step {at}"
-        for step, at in ((0, 1), (-1, first["steps"]))
+    steps, seeds = first["steps"], len(runs)
+    start, end = (
+        over_seeds([run.scale_factor["scaling"][[step]] for run in runs], skip=0)
+        for step in (0, -1)
     )
-    steps, device = first["steps"], f"{first['device_count']} x {first['device']}"
-    return f"""\
-# What the methods do to AdamW's steps
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
+    commits = ", ".join(sorted({short(run.description["commit"]) for run in runs}))
+    lines = [
+        "# What the methods do to AdamW's steps",
+        "",
+        "ResNet-20 on CIFAR-100 with the paper's recipe as we read it, trained by AdamW alone: the "
+        f"first {steps} of 39,000 steps, {seeds} seeds. Every method, followed by an AdamW of its "
+        "own, gets the gradients of that run. Beside them AdamW on a second, independent batch at "
+        "the same parameters.",
+        "",
+        "<!-- table -->",
+        "",
+        table(header, rows),
+        "",
+        f"Medians over the steps after step {BURN_IN}; of the {seeds} seeds the median, and in "
+        "brackets the smallest and the largest. Unexplained is the share of the method's step, in "
+        "squares, that no learning rate of AdamW would have given: $1 - \\mathrm{cosine}^2$. The "
+        f"scale factor $a_t$ of Autoscale was {start} in the first step and {end} in the last.",
+        "",
+        "<!-- figure -->",
+        "",
+        "![Norm ratio, and share of the step that no learning rate explains, over the steps, by "
+        "method](effect.png)",
+        "",
+        f"*Each method's step beside AdamW's, over the first {steps} steps. Left: the ratio of "
+        "their norms; black and dashed, its closed form for the scaling. Right: the share of the "
+        f"step, in squares, that no learning rate of AdamW explains. Lines are means over {seeds} "
+        "seeds, bands go from the smallest to the largest.*",
+        "",
+        "<!-- command -->",
+        "",
+        "```sh",
+        "python -m reproduction.effect --data-dir ~/tensorflow_datasets",
+        "python -m reproduction.effect --report    # this page, from the records beside it",
+        "```",
+        "",
+        f"{first['device_count']} x {first['device']}; {versions}; commit {commits}.",
+    ]
+    return "\n".join(lines) + "\n"
 
-ResNet-20 on CIFAR-100 with the recipe of the paper, the first {steps} steps of 39,000,
-{len(runs)} seeds. AdamW alone trains. Every method, followed by an AdamW of its own, gets the
-gradients of that run.
 
-<!-- table -->
+def short(commit: str | None) -> str:
+    """A commit's first digits, and whether the sources differed from it.
 
-{table(header, rows)}
-
-Medians over the steps after step {BURN_IN}, in brackets the smallest and the largest of the
-{len(runs)} seeds. The scale factor $a_t$ was {factors}.
-
-<!-- figure -->
-
-![Norm ratio and share of the step that no learning rate explains, by method](effect.png)
-
-*Each method's update beside AdamW's over the first {steps} steps. Left: the ratio of their norms;
-dashed, the closed form for the scaling. Right: the share of the method's step, in squares, that no
-learning rate of AdamW explains. Lines are means over {len(runs)} seeds, bands go from the smallest
-to the largest.*
-
-<!-- command -->
-
-```sh
-python -m reproduction.effect --data-dir ~/tensorflow_datasets
-python -m reproduction.effect --report    # this page, from the records beside it
-```
-
-{device}, {minutes:.0f} minutes in all while other programs ran; {versions}; commit {commits}.
-"""
+    >>> short("8ab898a77f7e9e6cf01149a0cc3e139c673fdbba-dirty")
+    '8ab898a77f7e-dirty'
+    """
+    digits, dash, dirty = (commit or "unknown").partition("-")
+    return digits[:12] + dash + dirty
 
 
 def draw(runs: Sequence[Trajectory], path: Path) -> None:
     """Draws the ratio of norms, and the share that no learning rate explains, over the steps."""
     panels: list[tuple[str, Callable[[Trajectory, str], np.ndarray]]] = [
-        ("Norm of the update / AdamW's", lambda run, name: run.norm_ratio[name]),
+        ("Norm ratio", lambda run, name: run.norm_ratio[name]),
         ("Share that no learning rate explains", lambda run, name: 1 - run.cosine[name] ** 2),
     ]
     with mpl.rc_context(STYLE):
@@ -346,7 +361,8 @@ def draw(runs: Sequence[Trajectory], path: Path) -> None:
         forms = np.mean([expected(run) for run in runs], axis=0)
         axes[0].plot(1 + np.arange(len(forms)), forms, "k--", linewidth=1, label="closed form")
         axes[0].set(yscale="log", yticks=(0.5, 0.7, 1, 1.4, 2), yticklabels=(0.5, 0.7, 1, 1.4, 2))
-        axes[1].set(yscale="log")
+        axes[0].minorticks_off()
+        axes[1].set(yscale="log", ylim=(1e-3, 1))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         figure.savefig(path)

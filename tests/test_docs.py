@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,33 @@ def test_the_notebook_has_twelve_cells():
     text = (ROOT / "docs/dynamics.md").read_text()
     assert text.count("```{code-cell}") == 12
     assert re.findall(r"^\*\*(\d+)\.\*\*", text, re.MULTILINE) == [str(n) for n in range(1, 13)]
+
+
+def test_what_a_reading_changes_is_there():
+    text = (ROOT / "docs/readings.md").read_text()
+    diffs = re.findall(r"`([\w/]+\.py)`[^`]*\n\n```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(diffs) == text.count("```diff") == 2
+    for file, diff in diffs:
+        removed, added = (
+            "".join(line[1:] + "\n" for line in diff.splitlines() if line.startswith(sign))
+            for sign in "-+"
+        )
+        source = (ROOT / file).read_text()
+        assert source.count(removed) == 1
+        compile(source.replace(removed, added), file, "exec")
+
+
+def test_normalizing_twice_is_one_normalization_with_the_constants_of_the_page():
+    from training.data import DATASETS
+
+    text = (ROOT / "docs/readings.md").read_text()
+    (line,) = re.findall(r"^\+ +\*(\(50_000, .*\)),$", text, re.MULTILINE)
+    *_, mean, std = eval(line)
+    image = np.random.default_rng(0).random((4, 3))
+    twice = image
+    for name in ("cifar100", "cifar10"):
+        twice = (twice - DATASETS[name].mean) / DATASETS[name].std
+    np.testing.assert_allclose((image - mean) / std, twice, atol=0.02)
 
 
 def test_every_page_is_in_the_contents():
