@@ -56,8 +56,8 @@ def exclude(*names: str) -> Callable[[KeyPath, Any], tuple[int, ...] | None]:
       *names: one or more names, such as ``"embedding"`` for Flax's embedding tables.
 
     Returns:
-      A function of a leaf's path and the leaf: all axes of the leaf, or None where it has fewer
-      than two or its path has one of the names.
+      A function of a leaf's path and the leaf. It gives all axes of the leaf, or None where it has
+      fewer than two or its path has one of the names.
 
     Raises:
       TypeError: without a name, or with one that is not a string or is empty.

@@ -365,7 +365,7 @@ def draw(runs: Sequence[Trajectory], path: Path) -> None:
         axes[1].set(yscale="log", ylim=(1e-3, 1))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        figure.savefig(path)
+        figure.savefig(path, dpi=120)
 
 
 def line_of(name: str) -> str:
