@@ -20,7 +20,7 @@ import tyro
 from reproduction import studies
 from reproduction.report import write_report
 from reproduction.studies import STUDIES, Run
-from reproduction.verdict import write_verdict
+from reproduction.verdict import read_all, write_verdict
 from train import NotFinite, train
 from training import cpu, output
 from training.checkpoints import CheckpointError
@@ -93,7 +93,8 @@ def reproduce(options: Options) -> None:
     if options.dry_run:
         show_progress(experiments, options)
         return
-    finished(experiments, folder)  # shows now whether all records are valid
+    finished(experiments, folder)  # shows now whether all records are valid,
+    read_all(options.results)  # those of the other studies, which the verdict needs, as well
     held = []
     if not options.report:
         try:  # now, and not when the first run is done

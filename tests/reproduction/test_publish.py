@@ -228,3 +228,16 @@ def test_the_last_report_of_several_processes_tells_of_all_runs(study, monkeypat
     study("--report")
     assert "holds the report of 2 runs" in capsys.readouterr().out
     assert "All 2 planned runs" in (results / "REPORT.md").read_text()
+
+
+def test_an_invalid_record_of_another_study_is_named_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
+    other = tmp_path / "results" / "cpu" / "other.jsonl"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "train", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--preset", "vit"])
+    with pytest.raises(SystemExit, match=r"other\.jsonl is not the record of a run"):
+        reproduce.main()
