@@ -177,6 +177,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:  # Orbax logs errors with their tracebacks, and raises them as well
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        output.hide_abandoned_writes()
     try:
         experiment, launch = parse()
         if launch.list:

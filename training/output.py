@@ -1,4 +1,4 @@
-"""Standard output and error that do not end a run when nobody reads them any more."""
+"""What a program writes to its standard output and error."""
 
 import io
 import os
@@ -16,6 +16,20 @@ class _OpenEnded(io.FileIO):
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             return len(data)
+
+
+def hide_abandoned_writes() -> None:
+    """Hides the traces of checkpoint writes that were given up, as when their folder was moved.
+
+    TensorStore reports to Orbax's event loop, closed by then; what went wrong is said in one line.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs", /) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def outlive_readers() -> None:

@@ -14,6 +14,10 @@ def state(step: int) -> Any:
     return {"step": jnp.int32(step), "params": jnp.arange(6.0) * step}
 
 
+# TensorStore reports on writes that were given up to Orbax's event loop, which is closed by then.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 @pytest.fixture
 def said():
     return []

@@ -1,4 +1,4 @@
-"""Programs whose output nobody reads any more."""
+"""Programs whose output nobody reads any more, and what nobody should have to read."""
 
 import os
 import subprocess
@@ -65,3 +65,28 @@ def test_a_closed_stream():
     code = "from training.output import outlive_readers; outlive_readers(); print('nowhere')"
     command = f'"{sys.executable}" -c "{code}" >&-'
     assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == 0
+
+
+def test_only_the_traces_of_abandoned_writes_are_hidden():
+    code = """
+import sys
+from training import output
+
+
+class Loses:
+    def __init__(self, text):
+        self.text = text
+
+    def __del__(self):
+        raise RuntimeError(self.text)
+
+
+output.hide_abandoned_writes()
+Loses("Event loop is closed")
+Loses("something else")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "something else" in done.stderr
+    assert "Event loop" not in done.stderr
