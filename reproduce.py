@@ -25,6 +25,7 @@ from train import NotFinite, train
 from training import cpu, output
 from training.checkpoints import CheckpointError
 from training.config import Experiment, Launch, check_path
+from training.devices import exit_at_once
 from training.interruption import Interrupted
 from training.lock import InUse, lock
 from training.record import read_records
@@ -36,6 +37,7 @@ else:
 
 MAX_HOURS = int(threading.TIMEOUT_MAX) // 3600
 MAX_SEEDS = 10_000
+CONTINUES = "the same command continues"
 RUNS = Path("runs")  # what is under way: checkpoints, pictures, parameters
 
 
@@ -62,18 +64,14 @@ class Options:
     """Only write the report, and the verdict over all studies, from the records alone."""
 
 
-class Stopped(BaseException):
-    """The time is up, or a signal came, while no run was under way."""
-
-
 def main() -> None:
     output.outlive_readers()
     options = tyro.cli(Options, description=Options.__doc__)
     try:
         reproduce(options)
-    except (Interrupted, Stopped) as error:
-        print(f"reproduce.py: {error or 'stopped'}; the same command continues", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 143))
+    except Interrupted as error:
+        print(f"reproduce.py: {error}; {CONTINUES}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, CheckpointError) as error:
@@ -259,7 +257,10 @@ def time_limit(hours: float | None) -> Iterator[None]:
     """Sends this process SIGTERM when the time is up; a run then writes a checkpoint first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
+        # Between two runs nothing is lost. An exception could get lost: in a finalizer or a garbage
+        # collector's callback Python prints it and goes on.
+        os.write(sys.stderr.fileno(), f"reproduce.py: stopped; {CONTINUES}\n".encode())
+        exit_at_once(128 + number)
 
     previous = signal.signal(signal.SIGTERM, stop)
     timer = None
