@@ -247,8 +247,8 @@ def test_nothing_is_reported_where_nothing_is_done_yet(tmp_path):
 
 def test_a_run_whose_record_was_deleted_is_made_again(alone, tmp_path):
     folder = tmp_path / "study"
-    shutil.copytree(alone, tmp_path)
+    shutil.copytree(alone, folder)
     (folder / "results" / "vit" / f"{NAMES[2]}.jsonl").unlink()
     stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=folder))
     assert made(stdout) == NAMES[2:3]
-    assert_complete(tmp_path, alone)
+    assert_complete(folder, alone)
