@@ -30,7 +30,9 @@ from training.lock import LOCK, InUse, lock
 from training.open_folder import OpenFolder
 from training.optimizers import METHODS, OPTIMIZERS
 from training.provenance import environment
-from training.record import SCHEMA, Record, RecordError, parse_records
+from training.record import SCHEMA, Record, RecordError, parse_records, read_records
+
+PICTURES = ("curves.png", "gradients.png", "layers.png")
 
 
 class RunFolder:
@@ -187,9 +189,10 @@ class RunFolder:
             if self._wandb:
                 self._wandb.finish(exit_code=int(error is not None))
             if self.records and self._opened.is_there():
-                plots.plot_curves(self.records, self._title, self.path / "curves.png")
-                plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
-                plots.plot_layer_map(self.records, self._title, self.path / "layers.png")
+                curves, gradients, layers = (self.path / name for name in PICTURES)
+                plots.plot_curves(self.records, self._experiment, self._title, curves)
+                plots.plot_gradients(self.records, self._title, gradients)
+                plots.plot_layer_map(self.records, self._title, layers)
 
     def _check_vacant(self) -> None:
         path = self.path
@@ -233,6 +236,22 @@ def _explained(path: Path) -> Iterator[None]:
             else "choose another folder with --out"
         )
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+def finished_records(folder: Path, epochs: int) -> list[Record]:
+    """The records of a run of `epochs` epochs that has finished; none where it has not.
+
+    It has where all that a run ends with, parameters and pictures, is newer than the last record.
+    """
+    metrics = folder / "metrics.jsonl"
+    try:
+        last = metrics.stat().st_mtime_ns
+        if any((folder / name).stat().st_mtime_ns < last for name in ("parameters", *PICTURES)):
+            return []
+        records = read_records(folder)
+    except (OSError, RecordError):
+        return []
+    return records if len(records) == epochs else []
 
 
 def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
@@ -282,9 +301,9 @@ def _scalars(record: Record) -> dict[str, float]:
         "train/images_per_second": record["images_per_second"],
         "test/loss": record["test_loss"],
         "test/accuracy": record["test_accuracy"],
-        "gradients/global_std": record["global_std"],
-        "gradients/scale_factor": record["scale_factor"],
-        "gradients/exponent": record["exponent"],
+        "autoscale/global_std": record["global_std"],
+        "autoscale/scale_factor": record["scale_factor"],
+        "autoscale/exponent": record["exponent"],
         "effect/update_norm_ratio": record["update_norm_ratio"],
         "effect/update_cosine": record["update_cosine"],
     } | {f"layer_std/{path}": std for path, std in record["layer_std"].items()}
