@@ -54,15 +54,15 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) $(LOWEST)
 
-# Once; the sizes are those on the disk, with JAX=cpu.
+# Sizes as du shows them with JAX=cpu, Python 3.11 on Linux.
 $(TRAINING): pyproject.toml
-	@echo 'Installing what train.py needs into $(VENV): 900 MB, more for a GPU or a TPU ...'
+	@echo 'Installing what train.py needs into $(VENV), once: about 900 MB (more with JAX=cuda13 or tpu) ...'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[train]' 'jax$(JAX_EXTRA)'
 	touch $@
 
 $(INSTALLED): pyproject.toml
-	@echo 'Installing what the tests need into $(VENV): 1.6 GB, more for a GPU or a TPU ...'
+	@echo 'Installing what the tests need into $(VENV), once: about 1.4 GB (more with JAX=cuda13 or tpu) ...'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'jax$(JAX_EXTRA)'
 	touch $@ $(TRAINING)

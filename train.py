@@ -176,9 +176,11 @@ def show(step: int, measured: Measured, display: Display) -> None:
 def summary(path: Path, records: Sequence[Record]) -> str:
     """How a run ended, how long it took, and where its pictures are."""
     seconds = timedelta(seconds=round(sum(record["seconds"] for record in records)))
+    epochs = "1 epoch" if len(records) == 1 else f"{len(records)} epochs"
+    pictures = ",".join(Path(name).stem for name in PICTURES)
     return (
-        f"Test accuracy {records[-1]['test_accuracy']:.2%} after {len(records)} epochs in "
-        f"{seconds}\nPictures: {path}/{{{','.join(Path(name).stem for name in PICTURES)}}}.png"
+        f"Test accuracy {records[-1]['test_accuracy']:.2%} after {epochs} in {seconds}\n"
+        f"Pictures: {path}/{{{pictures}}}.png"
     )
 
 

@@ -118,7 +118,7 @@ class Display:
         self._run = self._progress.add_task(
             "epoch",
             total=self._completed(self._steps, self._epochs),
-            note=self._time,
+            note=lambda task: f"{self._left()} left",
         )
         self._progress.update(self._run, completed=self._completed(step, len(records)))
         self._epoch = self._progress.add_task("step", total=self._steps_per_epoch, note=self._speed)
@@ -200,9 +200,6 @@ class Display:
     def _left(self) -> str:
         seconds = self._progress.tasks[self._run].time_remaining
         return "?" if seconds is None else str(timedelta(seconds=seconds))
-
-    def _time(self, task: Task) -> str:
-        return f"in {_elapsed(task)}" if task.finished else f"{self._left()} left"
 
     def _speed(self, task: Task) -> str:
         return f"{task.speed * self._batch_size:.0f} images/s" if task.speed else ""
