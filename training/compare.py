@@ -49,17 +49,18 @@ class Run(NamedTuple):
 
 
 def main(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN ...")],
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN RUN ...", help_behavior_hint=""),
+    ],
     out: Path = Path("compare.png"),
 ) -> None:
-    """Compare training runs: a table of their last epochs, and a picture of all epochs.
-
-    The picture has the losses, the test accuracy, the statistics of the gradients, the effect on
-    the updates where it was measured, and the layers of all runs on one color scale.
+    """Compare runs: a table of their last epochs, and a picture of all their epochs.
 
     Args:
-      runs: folders of runs, finished or not; or record files, results/STUDY/NAME.jsonl.
-      out: the picture; the suffix, such as .png, .svg or .pdf, decides its format.
+      runs: folders of runs, finished or not, or record files results/STUDY/NAME.jsonl.
+      out: the picture; its suffix, such as .png, .svg or .pdf, decides the format.
     """
     output.outlive_readers()
     try:
@@ -300,4 +301,4 @@ def save(figure: Figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m training.compare")

@@ -216,10 +216,10 @@ def run_folder(experiment: Experiment, launch: Launch) -> Path:
 
 
 def recipe(dataset: DatasetName = "digits", optimizer: OptimizerName = "adamw") -> Experiment:
-    """The defaults: for CIFAR the paper's recipe, for digits what takes a minute on a CPU.
+    """The defaults: for CIFAR the paper's recipe, for digits one that takes a minute on a CPU.
 
     The recipe is that of section 5 as we read it. `docs/readings.md`, *What the paper leaves to the
-    reader*, has the other readings and how to try each.
+    reader*, has the other readings and how to try each of them.
     """
     experiment = Experiment(
         dataset, optimizer=optimizer, learning_rate=OPTIMIZERS[optimizer].learning_rate
@@ -327,26 +327,26 @@ def load(folder: Path) -> Experiment:
             return experiment_of(description["config"])
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: {error}; put a copy of it there and resume, or start the run "
-            "again with another --out"
+            f"{path} is damaged: {error}; put back a copy of it, or start the run again with "
+            "another --out"
         ) from error
     version = "an earlier" if schema == 1 else "another"
     commit = description.get("commit")
     raise ValueError(
-        f"{path} is of {version} version of train.py, and its run cannot be resumed by this one; "
+        f"{path} was written by {version} version of train.py, and this one cannot resume its run; "
         "start it again with another --out"
         + (f", or resume it with the sources of commit {commit}" if commit else "")
     )
 
 
 def experiment_of(options: Any) -> Experiment:
-    """The experiment that has been written as JSON.
+    """The experiment that was written as JSON.
 
     Args:
-      options: what `dataclasses.asdict` made of it, after JSON.
+      options: the result of `dataclasses.asdict`, as JSON gives it back.
 
     Returns:
-      The experiment; options that came later than it have their defaults.
+      The experiment; options that were added after it was written have their defaults.
 
     Raises:
       ValueError: if an option is missing, unknown, of the wrong type or impossible.
@@ -401,7 +401,7 @@ def option(name: str) -> str:
 
 
 def check_path(name: str, path: Path) -> None:
-    """Raises ValueError if a library that takes paths as UTF-8 would look for one elsewhere."""
+    """Raises ValueError for a path that is not UTF-8, which some libraries would misread."""
     path = path.absolute()
     if os.fsencode(path) != str(path).encode(errors="replace"):
         raise ValueError(f"{option(name)} is {str(path)!r}, which is not UTF-8; choose another")

@@ -175,7 +175,7 @@ def damage(folder: Path, kind: str) -> str:
     [
         ("missing", "PATH does not exist; give the folder of a run, such as runs/NAME"),
         ("no run", "PATH is not the folder of a run, since it has no config.json; give one"),
-        ("config", "PATH/config.json is damaged: .*; put a copy of it there"),
+        ("config", "PATH/config.json is damaged: .*; put back a copy of it, or"),
         ("no epoch", "PATH has no finished epoch; wait for its first one, or leave it out"),
         ("empty", "PATH has no finished epoch; wait for its first one, or leave it out"),
         ("records", "PATH/metrics.jsonl is damaged: epoch 1: .*; put back a copy of the file, or"),
