@@ -1,4 +1,4 @@
-"""The guide's sources hold together; `make docs` builds it, and checks the built site."""
+"""The guide's sources are consistent; `make docs` builds it, and checks the built site."""
 
 import json
 import re

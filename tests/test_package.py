@@ -1,4 +1,4 @@
-"""What is built is the library and nothing else, and says of itself what is true."""
+"""The distributions contain the library and nothing else, and their metadata are correct."""
 
 import os
 import re

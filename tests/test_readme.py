@@ -1,4 +1,4 @@
-"""The README's snippets run, and what it names exists."""
+"""The README's snippets run, and the names in it exist."""
 
 import re
 from pathlib import Path
