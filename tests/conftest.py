@@ -1,5 +1,15 @@
 """Every test sees eight CPU devices; tests of strict dtype promotion opt into it."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
+# Programs that are compiled once serve all tests, those in other processes as well.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="optax_autoscale-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")
