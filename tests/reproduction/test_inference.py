@@ -348,7 +348,9 @@ def test_nothing_is_tested_before_all_planned_runs_are_in():
     assert math.isnan(comparison.p_value)
     assert math.isnan(comparison.estimate.value)
     assert verdict_on_difference(comparison, 2.0) == "not tested"
-    assert in_words(comparison, "Autoscale", "AdamW").startswith("2 of the planned runs are missing")
+    assert in_words(comparison, "Autoscale", "AdamW").startswith(
+        "2 of the planned runs are missing"
+    )
 
 
 # --- Verdicts -------------------------------------------------------------------------------------
