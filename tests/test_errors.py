@@ -1,4 +1,4 @@
-"""Whole programs that meet accidents: each ends in one line, or goes on, and nothing is lost."""
+"""Accidents of whole programs: each ends with a one-line message, or continues; nothing is lost."""
 
 import contextlib
 import os
@@ -161,7 +161,7 @@ def test_make_train_resumes():
 
 
 def refused(args: list[str], monkeypatch) -> str:
-    """What is said of a run that ends before it begins."""
+    """The message of a run that fails before it starts."""
     monkeypatch.setattr(sys, "argv", ["train.py", *ARGS, *args])
     with pytest.raises(SystemExit) as stopped:
         train.main()

@@ -1,4 +1,4 @@
-"""Whole runs of `train.py`, and what they leave behind."""
+"""Whole runs of `train.py`, and their output."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, str]:
-    """A short run of the real thing, by hand of the command line, and what it printed."""
+    """A short real run from the command line, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "short"
     args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--effect", "--out", str(out)]
     done = command(*args)

@@ -1,4 +1,4 @@
-"""Only whole runs become records of a study, and only whole records count."""
+"""Only complete runs become records of a study, and only complete records count."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def record(epoch: int, **changes: object) -> dict[str, object]:
 def make_run(
     folder: Path, records: list[dict[str, object]], about: dict[str, object] = ABOUT
 ) -> None:
-    """What a run leaves behind."""
+    """The output of a run."""
     folder.mkdir(parents=True)
     config.save(folder, EXPERIMENT, Launch(), **about)
     lines = [json.dumps(line) + "\n" for line in records]

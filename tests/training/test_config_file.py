@@ -1,4 +1,4 @@
-"""What `config.json` may hold, and what is said where it holds something else."""
+"""The valid contents of `config.json`, and the messages about others."""
 
 import dataclasses
 import json

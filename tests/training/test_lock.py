@@ -1,4 +1,4 @@
-"""One process at a time has the folder of a run, and a run resumes only from records that fit."""
+"""One process at a time uses the folder of a run, and a run resumes only from matching records."""
 
 import errno
 import fcntl
