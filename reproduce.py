@@ -5,11 +5,9 @@ import dataclasses
 import os
 import shutil
 import signal
-import statistics
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import jax
 import tyro
 
-from reproduction import studies
+from reproduction import estimate, studies
 from reproduction.report import write_report
 from reproduction.studies import STUDIES, Run
 from reproduction.verdict import read_all, write_verdict
@@ -95,6 +93,9 @@ def reproduce(options: Options) -> None:
     Launch(data_dir=options.data_dir).validate()
     folder = options.results / options.preset
     experiments = STUDIES[options.preset].experiments(options.seeds)
+    cpu.use_cores(min(experiment.batch_size for experiment in experiments))
+    cpu.keep_memory()
+    keep_compiled()
     if options.dry_run:
         show_progress(experiments, options)
         return
@@ -109,9 +110,6 @@ def reproduce(options: Options) -> None:
             raise type(error)(
                 f"{folder} cannot be created: {error.strerror}; give another folder with --results"
             ) from error
-        cpu.use_cores(min(experiment.batch_size for experiment in experiments))
-        cpu.keep_memory()
-        keep_compiled()
         with time_limit(options.hours):
             held = make_missing(experiments, options)
     for each in held:
@@ -163,7 +161,7 @@ def make_missing(experiments: Sequence[Experiment], options: Options) -> list[In
                         continue
                     print(
                         f"run {len(experiments) - len(missing) + number + 1} of "
-                        f"{len(experiments)}, {left(missing[number:], done)}: {experiment.name}"
+                        f"{len(experiments)}, {left(missing[number:], options)}: {experiment.name}"
                     )
                     run(experiment, options)
                     break
@@ -238,26 +236,19 @@ def show_progress(experiments: Sequence[Experiment], options: Options) -> None:
     for error in invalid:
         print(error)
     missing = [experiment for experiment in experiments if experiment.name not in done]
-    print(f"{len(done)} of {len(experiments)} done, {left(missing, done)}")
+    unknown = "time left unknown while records are invalid"
+    text = unknown if invalid else left(missing, options, measure=True)
+    print(f"{len(done)} of {len(experiments)} done, {text}")
 
 
-def left(missing: Sequence[Experiment], done: dict[str, Run]) -> str:
-    """The estimated time of the missing runs, in words."""
-    if not missing:
-        return "nothing left"
-    speeds: dict[str, list[float]] = {}  # seconds per unit of cost, by model
-    for run in done.values():
-        if run.records:
-            seconds = statistics.median(record["seconds"] for record in run.records)
-            speed = seconds * run.experiment.epochs / studies.cost(run.experiment)
-            speeds.setdefault(run.experiment.model, []).append(speed)
-    if not speeds:
-        return "time left unknown until a run has finished"
-    other = statistics.median(speed for values in speeds.values() for speed in values)
-    seconds = sum(
-        studies.cost(each) * statistics.median(speeds.get(each.model, [other])) for each in missing
-    )
-    return f"about {timedelta(seconds=round(seconds))} left"
+def left(missing: Sequence[Experiment], options: Options, *, measure: bool = False) -> str:
+    """The estimated time of the missing runs, in words; this study's own runs tell most."""
+    datasets = {experiment.dataset for experiment in missing}
+    rates: estimate.Rates = {}
+    for study in (*STUDIES, options.preset):
+        runs = studies.read(options.results / study).values()
+        rates |= estimate.rates_of(run for run in runs if run.experiment.dataset in datasets)
+    return estimate.time_left(missing, rates, measure=measure)
 
 
 @contextlib.contextmanager

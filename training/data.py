@@ -109,6 +109,19 @@ def load(
     return dataset if train_size is None else _subset(dataset, name, train_size, seed)
 
 
+def random_dataset(name: str) -> Dataset:
+    """Random images and labels in the shapes of a data set; to measure speed without one."""
+    spec = DATASETS[name]
+    rng = np.random.default_rng(0)
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = (count, spec.image_size, spec.image_size, len(spec.mean))
+        images = rng.integers(0, 256, shape, np.uint8)
+        return images, rng.integers(0, spec.num_classes, count, np.int32)
+
+    return _described(name, *split(spec.num_train), *split(spec.num_train // 5))
+
+
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
