@@ -1,4 +1,5 @@
 # make train | make test | make test-all | make test-lowest | make lint | make types | make docs
+# make accelerators
 # JAX=cuda13 or JAX=tpu installs jax for that accelerator; PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,10 +8,11 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 LOWEST := $(VENV)-lowest
+ACCELERATORS := $(VENV)-accelerators
 INSTALLED := $(VENV)/.installed-$(JAX)
 JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 
-.PHONY: train test test-all test-lowest lint types docs format clean
+.PHONY: train test test-all test-lowest lint types docs accelerators format clean
 .DELETE_ON_ERROR:
 
 # Resumes a run that was stopped, and leaves a finished one.
@@ -46,12 +48,16 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --nitpicky -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 
+# Compiles for a TPU and a GPU, neither of which has to be here: see benchmarks/README.md.
+accelerators: $(ACCELERATORS)/.installed
+	$(ACCELERATORS)/bin/python -m benchmarks.accelerators $(ARGS)
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) $(ACCELERATORS)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,4 +66,10 @@ $(INSTALLED): pyproject.toml
 
 $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# The compilers take 2 GB.
+$(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt
+	$(PYTHON) -m venv --clear $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable .
 	touch $@
