@@ -91,9 +91,8 @@ def main(
 
 def fingerprint(lowered: Any, target: str) -> str:
     """A hash of all that a program's numbers come from."""
-    compiler = json.dumps([compilers.versions(target), compilers.OPTIONS[target]])
-    parts = (compiler, Path(counts.__file__).read_text(), lowered.as_text())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    known = [counts.VERSION, compilers.versions(target), compilers.OPTIONS[target]]
+    return hashlib.sha256((json.dumps(known) + lowered.as_text()).encode()).hexdigest()[:16]
 
 
 def cells(counted: Mapping[str, Any]) -> list[str]:

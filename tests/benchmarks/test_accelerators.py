@@ -48,11 +48,13 @@ def test_counts_of_a_gpus_program():
 def test_counts_of_a_tpus_program():
     """Layouts have parentheses and spaces in them, and fusions have fusions."""
     assert count((FOLDER / "tpu.hlo").read_text(), {"bytes accessed": 1234.0}) == {
-        # copy, fusion, convolution, all-reduce, comparison, one branch, permutation
-        "launches": 7,
+        # copy, fusion, convolution, slice, an all-gather in two pieces, all-reduce, comparison, a
+        # branch (the other does nothing), permutation
+        "launches": 10,
         "copies": 1,
         "convolutions": 1,
         "all_reduces": 1,
+        "all_gathers": 1,
         "other_collectives": 1,
         "conditionals": 1,
         "bytes_accessed": 1234,
