@@ -24,6 +24,7 @@ from reproduction.verdict import read_all, write_verdict
 from train import NotFinite, train
 from training import cpu, output
 from training.checkpoints import CheckpointError
+from training.compiled import keep_compiled
 from training.config import Experiment, Launch, check_path
 from training.devices import exit_at_once
 from training.interruption import Interrupted
@@ -103,7 +104,7 @@ def reproduce(options: Options) -> None:
             ) from error
         cpu.use_cores(min(experiment.batch_size for experiment in experiments))
         cpu.keep_memory()
-        jax.config.update("jax_compilation_cache_dir", str((RUNS / "compiled").absolute()))
+        keep_compiled()
         with time_limit(options.hours):
             held = make_missing(experiments, options)
     for each in held:

@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from training import cpu, data, devices, output
 from training.checkpoints import CheckpointError, Checkpoints
 from training.choices import show_choices
+from training.compiled import keep_compiled
 from training.config import Experiment, Launch, check_resumes, parse, run_folder
 from training.display import Display
 from training.interruption import Interrupted, Request, Requests
-from training.program import Program
+from training.program import Measured, Program
 from training.record import Record
-from training.run_folder import RunFolder, save_model
-from training.steps import Measured
+from training.run_folder import RunFolder
+from training.saved_model import save_model
 
 AHEAD = 2  # steps that the host has handed to the devices before it looks at the oldest one's loss
 
@@ -60,6 +61,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     )
     mesh = devices.make_mesh()
     program = Program(experiment, dataset, mesh, fsdp=launch.fsdp)
+    train_data = program.put(dataset.train_images, dataset.train_labels)
+    test_data = program.put(dataset.test_images, dataset.test_labels)
 
     with contextlib.ExitStack() as stack:
         # Before the checkpoints, whose clean-up removes what another process is writing there.
@@ -90,7 +93,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             display.say(f"{path}: {describe(mesh)}, compiling ...")
             if not done:  # shows at once whether the folder can hold checkpoints
                 checkpoints.save(0, state)
-            program.compile(state)
+            program.compile(state, train_data, test_data)
             display.start(done, folder.records if folder else [])
 
         requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
@@ -99,9 +102,11 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
             in_flight: deque[tuple[int, Measured, Any]] = deque()
-            stop, grads = 0, None
+            save, stop, grads = False, 0, None
             for done in range(first, last + 1):
-                state, measured = program.train_step(state, order)
+                state, measured = program.train_step(
+                    state, train_data, order, gradients=done == last
+                )
                 grads = measured.grads
                 in_flight.append((done, measured._replace(grads=None), requests.next()))
                 save = False
@@ -110,14 +115,15 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                     show(step, values, display)
                     request = Request(*map(int, requested))
                     save, stop = save or request.save > 0, max(stop, request.signal)
-                if done < last and (save or stop):
+                save = save or stop > 0
+                if save and done < last:
                     checkpoints.save(done, state)
                 if stop:
                     break
             trained = time.perf_counter()
 
             if done == last:
-                test_loss, test_accuracy = program.evaluate(state)
+                test_loss, test_accuracy = program.evaluate(state, test_data)
                 if not np.isfinite(test_loss):
                     raise NotFinite(f"after step {last}: the test loss is {test_loss}")
                 means = program.epoch_means(state)
@@ -137,12 +143,13 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                     folder.write(record, layers)
                     display.epoch(record)
                 # After the record: no checkpoint is ahead of the records.
-                checkpoints.save(last, state)
+                if save or epoch == experiment.epochs:
+                    checkpoints.save(last, state)
             if stop:
                 checkpoints.wait()
                 raise Interrupted(stop, done, path)
 
-        save_model(path, state.params, state.batch_stats)
+        save_model(path, program.model(state))
         display.say(
             f"{path} is finished: it holds the records of {experiment.epochs} epochs, the pictures "
             "and the parameters"
@@ -184,6 +191,7 @@ def main() -> None:
             return show_choices(experiment.dataset)
         cpu.use_cores(experiment.batch_size)
         cpu.keep_memory()
+        keep_compiled()
         devices.start_processes(launch)
         train(experiment, launch)
     except Interrupted as error:

@@ -18,25 +18,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import MODELS, resnet110
-from training import cpu, steps
-from training.augmentation import cutmix, normalize, random_crop, random_flip
+from training import cpu
 from training.config import recipe
 from training.data import Dataset
-from training.layers import layer_paths
 from training.optimizers import METHODS, make_optimizer
+from training.program import Program
 
 NUM_IMAGES = 4096
+MODELS["resnet110"] = MODELS["resnet56"]._replace(make=resnet110)  # for --growth
 BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}
 VGG16 = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
 
@@ -76,41 +73,25 @@ def random_data() -> Dataset:
     return Dataset(images, labels, images[:1], labels[:1], 100, (0.5,) * 3, (0.25,) * 3)
 
 
-def make_model(name: str) -> nnx.Module:
-    make = resnet110 if name == "resnet110" else MODELS[name].make
-    return make(num_classes=100, rngs=nnx.Rngs(0))
+def make_program(name: str, batch_size: int, num_devices: int, data: Dataset) -> Program:
+    experiment = dataclasses.replace(recipe("cifar100"), model=name, batch_size=batch_size)
+    devices = np.array(jax.devices()[:num_devices])
+    return Program(experiment, data, Mesh(devices, ("data",), axis_types=(AxisType.Auto,)))
 
 
 def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Case:
-    experiment = dataclasses.replace(recipe("cifar100"), batch_size=batch_size)
-    devices = np.array(jax.devices()[:num_devices])
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    model, tx = make_model(name), make_optimizer("autoscale", "adamw", 1e-3, 5e-5)
-    layers = layer_paths(model)
-    order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
-    state, *inputs = jax.device_put(
-        (
-            steps.init_state(model, tx, 0, layers, NUM_IMAGES // batch_size),
-            steps.flat_images(data.train_images),
-            data.train_labels,
-            order,
-        ),
-        everywhere,
-    )
-    train_step = jax.jit(
-        steps.make_train_step(model, tx, experiment, data, split, layers),
-        donate_argnums=0,
-        out_shardings=everywhere,
-    )
-    train_step = train_step.lower(state, *inputs).compile()
+    program = make_program(name, batch_size, num_devices, data)
+    train_data = program.put(data.train_images, data.train_labels)
+    test_data = program.put(data.test_images, data.test_labels)
+    state, order = program.first_state(), program.epoch_order(np.int32(1))
+    program.compile(state, train_data, test_data)
 
     def run() -> None:
         nonlocal state
-        state, measured = train_step(state, *inputs)
+        state, measured = program.train_step(state, train_data, order)
         jax.block_until_ready((state, measured))
 
-    memory = cast(Any, train_step.memory_analysis())
+    memory = program.train_functions[False].memory_analysis()
     size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     size += memory.output_size_in_bytes - memory.alias_size_in_bytes
     devices_text = f"{num_devices} device" + "s" * (num_devices > 1)
@@ -120,46 +101,29 @@ def our_step(name: str, batch_size: int, num_devices: int, data: Dataset) -> Cas
 
 def parts(name: str, batch_size: int, data: Dataset) -> list[Case]:
     """The step in pieces, on one device; XLA fuses across them when it compiles them together."""
-    model = make_model(name)
-    graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    program = make_program(name, batch_size, 1, data)
+    train_data = program.put(data.train_images, data.train_labels)
+    state, order = program.first_state(), program.epoch_order(np.int32(1))
+    params = state.params
     method = METHODS["autoscale"].make()
     optimizer = make_optimizer("none", "adamw", 1e-3, 5e-5)
-    images, labels = jax.device_put((data.train_images, data.train_labels))
-    order = steps.epoch_order(0, jnp.int32(1), NUM_IMAGES)
-
-    @jax.jit
-    def batch(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        crop_key, flip_key, mix_key = jax.random.split(key, 3)
-        chosen = order[:batch_size]
-        x = random_flip(flip_key, random_crop(crop_key, images[chosen], 4))
-        y = optax.smooth_labels(jax.nn.one_hot(labels[chosen], 100), 0.1)
-        x, y = cutmix(mix_key, x, y, 1.0)
-        return normalize(x, data.mean, data.std), y
-
-    @jax.jit
-    def gradients(params: nnx.State, x: jax.Array, y: jax.Array) -> Any:
-        def loss_fn(params: nnx.State) -> tuple[jax.Array, nnx.State]:
-            network = nnx.merge(graph, params, batch_stats, copy=True)
-            loss = optax.softmax_cross_entropy(cast(Any, network)(x), y).mean()
-            return loss, nnx.state(network, nnx.BatchStat)
-
-        return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
     @jax.jit
     def optimize(grads: Any, state: Any, params: Any) -> Any:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    batch = jax.jit(program.batch)
+    gradients = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
     transform = jax.jit(method.update)
-    key = jax.random.key(0)
-    x, y = batch(key)
-    grads = gradients(params, x, y)[1]
-    method_state, state = method.init(params), optimizer.init(params)
+    x, y = batch(state, train_data, order)
+    grads = gradients(params, state.batch_stats, x, y)[1]
+    method_state, optimizer_state = method.init(params), optimizer.init(params)
     pieces: dict[str, Callable[[], object]] = {
-        "data": lambda: batch(key),
-        "forward and backward": lambda: gradients(params, x, y),
+        "data": lambda: batch(state, train_data, order),
+        "forward and backward": lambda: gradients(params, state.batch_stats, x, y),
         "transformation": lambda: transform(grads, method_state, params),
-        "optimizer": lambda: optimize(grads, state, params),
+        "optimizer": lambda: optimize(grads, optimizer_state, params),
     }
     return [
         Case(f"  of which {name}", batch_size, lambda run=run: jax.block_until_ready(run()))

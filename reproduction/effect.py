@@ -25,7 +25,6 @@ import matplotlib as mpl
 import numpy as np
 import optax
 import tyro
-from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,9 +33,9 @@ from reproduction.markdown import table
 from training import cpu, data, devices
 from training.config import Experiment, recipe
 from training.data import Dataset
-from training.optimizers import METHODS, OPTIMIZERS, learning_rate_schedule, make_optimizer
+from training.optimizers import METHODS, OPTIMIZERS, make_optimizer
 from training.plots import STYLE
-from training.program import Program
+from training.program import Arrays, Program
 from training.provenance import environment
 
 STEPS = 200
@@ -141,13 +140,8 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     """
     mesh = devices.make_mesh()
     program, everywhere = Program(experiment, dataset, mesh), devices.replicated(mesh)
-    schedule = learning_rate_schedule(
-        experiment.learning_rate,
-        experiment.decay_epochs,
-        experiment.warmup_epochs,
-        program.steps_per_epoch,
-    )
-    decay = experiment.weight_decay
+    data = program.put(dataset.train_images, dataset.train_labels)
+    schedule, decay = program.schedule, experiment.weight_decay
     plain = OPTIMIZERS[experiment.optimizer].make(schedule, decay)
     meters: dict[str, Any] = {
         method: make_optimizer(method, experiment.optimizer, schedule, decay, effect=True)
@@ -158,11 +152,11 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     }
 
     @partial(jax.jit, out_shardings=everywhere)
-    def first_effects(params: nnx.State) -> dict[str, Any]:
+    def first_effects(params: Arrays) -> dict[str, Any]:
         return {name: meter.init(params) for name, meter in meters.items()}
 
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
-    def compare(effects: Any, params: nnx.State, grads: nnx.State, others: nnx.State) -> Any:
+    def compare(effects: Any, params: Arrays, grads: Arrays, others: Arrays) -> Any:
         effects = {
             name: meter.update(grads, effects[name], params, other_grads=others)[1]
             for name, meter in meters.items()
@@ -182,8 +176,10 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
         # second batch is from another order of the images, with augmentation of another seed.
         twin = jax.tree.map(jnp.copy, state)._replace(seed=state.seed + np.uint32(2**31))
         params = jax.tree.map(jnp.copy, state.params)
-        _, other = program.train_step(twin, program.epoch_order(np.int32(2**30 + epoch)))
-        state, measured = program.train_step(state, program.epoch_order(np.int32(epoch)))
+        other_order = program.epoch_order(np.int32(2**30 + epoch))
+        _, other = program.train_step(twin, data, other_order, gradients=True)
+        order = program.epoch_order(np.int32(epoch))
+        state, measured = program.train_step(state, data, order, gradients=True)
         effects, numbers = compare(effects, params, measured.grads, other.grads)
         yield {
             "step": step + 1,

@@ -1,4 +1,14 @@
-"""Every test sees eight CPU devices, strict dtype promotion is opted into where it is tested."""
+"""Every test sees eight CPU devices; strict dtype promotion is opted into where it is tested."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Programs that are compiled once serve all tests, those in other processes as well.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="optax_autoscale-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 

@@ -193,13 +193,6 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(alone, tmp_path) -> Path:
-    """Where the study may be made again; what it compiles is there."""
-    shutil.copytree(alone / "runs" / "compiled", tmp_path / "runs" / "compiled")
-    return tmp_path
-
-
 def assert_complete(folder: Path, alone: Path) -> None:
     results = folder / "results" / "vit"
     assert list(studies.read(results)) == sorted(NAMES)
@@ -210,25 +203,25 @@ def assert_complete(folder: Path, alone: Path) -> None:
     assert not list(results.glob("*.part"))
 
 
-def test_two_processes_share_a_study(alone, folder):
-    both = [start(REPRODUCE, "--preset", "vit", cwd=folder) for _ in range(2)]
+def test_two_processes_share_a_study(alone, tmp_path):
+    both = [start(REPRODUCE, "--preset", "vit", cwd=tmp_path) for _ in range(2)]
     outputs = [finish(process)[0] for process in both]
     assert sorted(made(outputs[0]) + made(outputs[1])) == sorted(NAMES)
     assert all(made(output) for output in outputs)
     assert any("REPORT.md holds the report of 4 runs" in output for output in outputs)
-    assert_complete(folder, alone)
+    assert_complete(tmp_path, alone)
 
 
-def test_what_another_process_holds_is_left_to_it_and_what_it_leaves_is_taken(alone, folder):
-    held = folder / "runs" / "vit" / NAMES[0]
-    first = start(REPRODUCE, "--preset", "vit", cwd=folder)
+def test_what_another_process_holds_is_left_to_it_and_what_it_leaves_is_taken(alone, tmp_path):
+    held = tmp_path / "runs" / "vit" / NAMES[0]
+    first = start(REPRODUCE, "--preset", "vit", cwd=tmp_path)
     wait_for(lambda: lines(held / "metrics.jsonl") > 0, first)
     first.send_signal(signal.SIGSTOP)
     before = {path: path.stat().st_mtime_ns for path in held.rglob("*") if path.name != LOCK}
 
-    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=folder))
+    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=tmp_path))
     assert made(stdout) == NAMES[1:]
-    assert f"{held.relative_to(folder)} is in use by process {first.pid} on {HOST}\n" in stdout
+    assert f"{held.relative_to(tmp_path)} is in use by process {first.pid} on {HOST}\n" in stdout
     assert "1 of 4 runs are left to other processes" in stdout
     assert "REPORT.md holds the report of 3 runs" in stdout
     assert before == {
@@ -237,9 +230,9 @@ def test_what_another_process_holds_is_left_to_it_and_what_it_leaves_is_taken(al
 
     first.kill()
     first.communicate()
-    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=folder))
+    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=tmp_path))
     assert made(stdout) == NAMES[:1]
-    assert_complete(folder, alone)
+    assert_complete(tmp_path, alone)
 
 
 def test_nothing_is_reported_where_nothing_is_done_yet(tmp_path):

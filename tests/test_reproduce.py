@@ -92,7 +92,6 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
     assert "run 2 of 2, about 0:00:" in output
     assert f"{Path('results', 'vit', 'REPORT.md')} holds the report of 2 runs" in output
 
-    shutil.copytree(whole / "runs" / "compiled", broken / "runs" / "compiled")
     process = start(broken)
     wait_for(broken / "runs" / "vit" / NAMES[0] / "metrics.jsonl", 2, process)
     process.kill()

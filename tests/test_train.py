@@ -23,7 +23,7 @@ from training.augmentation import normalize
 from training.lock import LOCK
 from training.optimizers import METHODS, OPTIMIZERS
 from training.record import read_records
-from training.run_folder import load_model
+from training.saved_model import load_model
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from training.open_folder import OpenFolder
-from training.steps import TrainState
+from training.program import TrainState
 
 KEPT = 3
 

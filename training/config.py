@@ -130,8 +130,8 @@ class Launch:
     """Resume if there is a run in --out, and start it otherwise."""
     data_dir: Path | None = None
     """Folder of TensorFlow Datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
-    checkpoint_minutes: float = 10.0
-    """Write a checkpoint every this many minutes, and after every epoch."""
+    checkpoint_minutes: float = 1.0
+    """Write a checkpoint every this many minutes, and at the end."""
     wandb: bool = False
     """Send the records to Weights & Biases as well."""
     fsdp: bool = False

@@ -1,5 +1,7 @@
 """The layers of a network, parameters with more than one axis, from its input to its output."""
 
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -56,24 +58,25 @@ def _declared(node: Any, path: Path = ()) -> Iterator[Path]:
         yield from _declared(child, (*path, key))
 
 
-def layer_stds(grads: nnx.State, paths: Sequence[Path]) -> jax.Array:
+def layer_stds(grads: Any, paths: Sequence[Path]) -> jax.Array:
     """The standard deviation of each layer's gradient; shape=(layers,), dtype=float32."""
-    leaves = dict(nnx.to_flat_state(grads))
-    return jnp.stack(layer_std([leaves[path][...] for path in paths]))
+    return jnp.stack(layer_std([_at(path, grads) for path in paths]))
 
 
-def layer_entries(tree: nnx.State, paths: Sequence[Path]) -> list[jax.Array]:
+def layer_entries(tree: Any, paths: Sequence[Path]) -> list[jax.Array]:
     """The entries of each layer's parameters or gradients, for a histogram of them.
 
     Args:
-      tree: parameters, or what has their structure.
+      tree: nested dictionaries of parameters, or of what has their shapes.
       paths: the layers'.
 
     Returns:
       An array of shape `(entries,)` for each; of more than `LARGEST_HISTOGRAM` entries every k-th,
       k odd.
     """
-    leaves = dict(nnx.to_flat_state(tree))
-    return [
-        leaves[path][...].ravel()[:: leaves[path].size // LARGEST_HISTOGRAM | 1] for path in paths
-    ]
+    layers = [_at(path, tree) for path in paths]
+    return [layer.ravel()[:: layer.size // LARGEST_HISTOGRAM | 1] for layer in layers]
+
+
+def _at(path: Path, tree: Any) -> jax.Array:
+    return functools.reduce(operator.getitem, path, tree)

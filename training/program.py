@@ -1,21 +1,50 @@
-"""The compiled functions of a run, with its data in place on the devices."""
+"""The training step of a run: its batch, loss, gradients, update and what is measured of it."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from models import MODELS
-from training import devices, steps
+from optax_autoscale import EffectSums, global_std
+from training import devices
+from training.augmentation import cutmix, normalize, random_crop, random_flip
 from training.config import MAX_STEPS, Experiment, option
 from training.data import Dataset
-from training.layers import LayerPaths, layer_entries, layer_paths
+from training.layers import LayerPaths, layer_entries, layer_paths, layer_stds
 from training.optimizers import learning_rate_schedule, make_optimizer
 
 EVAL_BATCH = 512
+
+Arrays = dict[str, Any]  # nested dictionaries of arrays: what NNX holds in variables, without them
+Data = tuple[jax.Array, jax.Array]  # images, shape=(n, height * width * channels), and labels
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step."""
+
+    step: jax.Array  # steps taken; shape=(), dtype=int32
+    seed: jax.Array  # of everything random; with `step` it is the random state; () and uint32
+    params: Arrays
+    batch_stats: Arrays
+    opt_state: optax.OptState
+    totals: Arrays  # the epoch's sums so far of what is recorded
+    norm_ratios: jax.Array | None  # of the epoch's steps; shape=(steps,), dtype=float32
+
+
+class Measured(NamedTuple):
+    """What a step tells of itself; all of the gradients as they come, before the method."""
+
+    loss: jax.Array  # shape=(), dtype=float32
+    global_std: jax.Array  # shape=(), dtype=float32
+    scale_factor: jax.Array | None  # shape=(), dtype=float32; None where the method has none
+    norm_ratio: jax.Array | None  # shape=(), dtype=float32; None where no effect is measured
+    grads: Arrays | None  # as the parameters; None where they were not asked for
 
 
 class Program:
@@ -23,7 +52,7 @@ class Program:
 
     Args:
       experiment: what is trained.
-      dataset: what it trains on.
+      dataset: its shapes and constants are used.
       mesh: the devices.
       fsdp: whether parameters and optimizer state are sharded.
 
@@ -32,117 +61,141 @@ class Program:
     """
 
     def __init__(self, experiment: Experiment, dataset: Dataset, mesh: Mesh, *, fsdp: bool = False):
-        size, num_images = experiment.batch_size, len(dataset.train_labels)
-        if size > num_images:
-            raise ValueError(
-                f"--batch-size is {size}, more than the {num_images} training images; "
-                "choose a smaller one"
-            )
-        if size % mesh.size:
-            raise ValueError(
-                f"--batch-size is {size}, which {mesh.size} devices cannot share equally; "
-                f"choose a multiple of {mesh.size}"
-            )
-        self.steps_per_epoch = num_images // size
-        for name in ("epochs", "decay_epochs", "warmup_epochs"):
-            epochs, most = getattr(experiment, name), MAX_STEPS // self.steps_per_epoch
-            if epochs > most:
-                raise ValueError(
-                    f"{option(name)} is {epochs}; it must be at most {most}, as an epoch has "
-                    f"{self.steps_per_epoch} steps, and {MAX_STEPS} can be counted"
-                )
-        self._schedule = learning_rate_schedule(
+        self._experiment, self._dataset, self._mesh = experiment, dataset, mesh
+        self.steps_per_epoch = count_steps(experiment, dataset, mesh)
+        self.schedule = learning_rate_schedule(
             experiment.learning_rate,
             experiment.decay_epochs,
             experiment.warmup_epochs,
             self.steps_per_epoch,
         )
-        self._num_test = len(dataset.test_labels)
-        # The time of an evaluation, in steps: gradients are two thirds of a step's work.
-        self.evaluation_steps = self._num_test / size / 3
-        per_device = -(-min(EVAL_BATCH, self._num_test) // mesh.size)
-        self._eval_batch = per_device * mesh.size
-
-        make_model = partial(
-            MODELS[experiment.model].make,
-            num_classes=dataset.num_classes,
-            channels=dataset.train_images.shape[-1],
-            dtype=experiment.precision,
-        )
-        tx = make_optimizer(
+        self.tx = make_optimizer(
             experiment.method,
             experiment.optimizer,
-            self._schedule,
+            self.schedule,
             experiment.weight_decay,
             effect=experiment.effect,
         )
-
-        # An argument, as constants would make another program of each seed.
-        seed = np.uint32(experiment.seed)
+        num_test = len(dataset.test_labels)
+        # The time of an evaluation, in steps: gradients are two thirds of a step's work.
+        self.evaluation_steps = num_test / experiment.batch_size / 3
+        self._eval_batch = -(-min(EVAL_BATCH, num_test) // mesh.size) * mesh.size
 
         def structure() -> tuple[nnx.Module, LayerPaths]:
-            model = make_model(rngs=nnx.Rngs(0))
+            model = self._make_model(0)
             return model, layer_paths(model)
 
         model, self.layers = nnx.eval_shape(structure)
+        model.train()
+        self._training = nnx.graphdef(model)
+        model.eval()
+        self._evaluation = nnx.graphdef(model)
 
-        def first_state(seed: jax.Array) -> steps.TrainState:
-            model = make_model(rngs=nnx.Rngs(jax.random.key(seed)))
-            return steps.init_state(model, tx, seed, self.layers, self.steps_per_epoch)
-
-        everywhere, split = devices.replicated(mesh), devices.by_batch(mesh)
-        place = devices.state_shardings(jax.eval_shape(first_state, seed), mesh, fsdp=fsdp)
-        self._train_data = (
-            devices.put(steps.flat_images(dataset.train_images), everywhere),
-            devices.put(dataset.train_labels, everywhere),
+        # An argument, as constants would make another program of each seed.
+        seed = np.uint32(experiment.seed)
+        everywhere: Any = devices.replicated(mesh)
+        place = devices.state_shardings(jax.eval_shape(self._first_state, seed), mesh, fsdp=fsdp)
+        # Initial parameters are drawn once: with optimization, to compile that would take a CPU as
+        # long as the training step does.
+        quick = (
+            {"xla_backend_optimization_level": 0}
+            if mesh.devices.flat[0].platform == "cpu"
+            else None
         )
-        self._test_data = (
-            devices.put(steps.flat_images(dataset.test_images), everywhere),
-            devices.put(dataset.test_labels, everywhere),
-        )
-        self.first_state = partial(jax.jit(first_state, out_shardings=place), seed)
-        order = jax.jit(partial(steps.epoch_order, num_images=num_images), out_shardings=everywhere)
-        self.epoch_order = partial(order, seed)
-        one: Any = everywhere
-        self._train_step: Any = jax.jit(
-            steps.make_train_step(model, tx, experiment, dataset, split, self.layers),
-            donate_argnums=0,
-            out_shardings=(place, steps.Measured(one, one, one, one, place.params)),
-        )
-        self._eval_step: Any = jax.jit(
-            steps.make_eval_step(model, dataset, self._eval_batch, split),
-            out_shardings=everywhere,
-        )
+        first_state = jax.jit(self._first_state, out_shardings=place, compiler_options=quick)
+        self.first_state = partial(first_state, seed)
+        self.epoch_order = partial(jax.jit(self._epoch_order, out_shardings=everywhere), seed)
+        # Gradients are handed out by a program of their own: as results of every step they would
+        # keep the host busy, and their memory.
+        self.train_functions: dict[bool, Any] = {
+            gradients: jax.jit(
+                partial(self._step, gradients=gradients),
+                donate_argnums=0,
+                out_shardings=(
+                    place,
+                    Measured(*[everywhere] * 4, grads=place.params if gradients else None),
+                ),
+            )
+            for gradients in (False, True)
+        }
+        self.eval_function: Any = jax.jit(self._evaluate, out_shardings=everywhere)
         self._layer_entries: Any = jax.jit(
             partial(layer_entries, paths=self.layers), out_shardings=everywhere
         )
 
-    def compile(self, state: steps.TrainState) -> None:
+    def put(self, images: np.ndarray, labels: np.ndarray) -> Data:
+        """Puts a data set on all devices.
+
+        Images become rows of bytes: a TPU copies an array of small images whole before it gathers a
+        batch from it, but not rows.
+        """
+        everywhere = devices.replicated(self._mesh)
+        rows = images.reshape(len(images), -1)
+        return devices.put(rows, everywhere), devices.put(labels, everywhere)
+
+    def compile(self, state: TrainState, train_data: Data, test_data: Data) -> None:
         """Compiles all functions, so that no epoch's time has that in it."""
         order = self.epoch_order(np.int32(1))
-        self._train_step = self._train_step.lower(state, *self._train_data, order).compile()
-        start = np.int32(0)
-        self._eval_step = self._eval_step.lower(state, *self._test_data, start).compile()
+        self.train_functions = {
+            gradients: step.lower(state, train_data, order).compile()
+            for gradients, step in self.train_functions.items()
+        }
+        self.eval_function = self.eval_function.lower(state, test_data, np.int32(0)).compile()
         self.layer_entries(parameters=state.params)
 
     def train_step(
-        self, state: steps.TrainState, order: jax.Array
-    ) -> tuple[steps.TrainState, steps.Measured]:
-        """The next state (the argument's memory is reused), and what the step measured."""
-        return self._train_step(state, *self._train_data, order)
+        self, state: TrainState, data: Data, order: jax.Array, *, gradients: bool = False
+    ) -> tuple[TrainState, Measured]:
+        """Takes a step, on the batch of the epoch's order that the state is at.
 
-    def evaluate(self, state: steps.TrainState) -> tuple[float, float]:
+        Args:
+          state: its memory is reused.
+          data: all training images and labels.
+          order: that of the epoch.
+          gradients: whether they are handed out as well.
+
+        Returns:
+          The next state, and what the step measured.
+        """
+        return self.train_functions[gradients](state, data, order)
+
+    def evaluate(self, state: TrainState, data: Data) -> tuple[float, float]:
         """The mean loss and the accuracy over all test images, each counted once."""
+        num_test = len(self._dataset.test_labels)
         sums = [
-            self._eval_step(state, *self._test_data, np.int32(first))
-            for first in range(0, self._num_test, self._eval_batch)
+            self.eval_function(state, data, np.int32(first))
+            for first in range(0, num_test, self._eval_batch)
         ]
-        loss, correct = np.sum(jax.device_get(sums), axis=0) / self._num_test
+        loss, correct = np.sum(jax.device_get(sums), axis=0) / num_test
         return float(loss), float(correct)
 
-    def epoch_means(self, state: steps.TrainState) -> dict[str, Any]:
-        """The statistics of the epoch that the state is at the end of; see `steps.epoch_means`."""
-        return steps.epoch_means(state, self.layers, self.steps_per_epoch)
+    def epoch_means(self, state: TrainState) -> dict[str, Any]:
+        """The means of what was measured in the epoch that the state is at the end of.
+
+        Returns:
+          What a record needs, in Python numbers, None where the method has no such thing;
+          `layer_std` is a dictionary from names such as `"stem/conv/kernel"`, from the network's
+          input to its output.
+        """
+        steps = self.steps_per_epoch
+        exponent = optax.tree.get(state.opt_state, "exponent", None)
+        totals, exponent = jax.device_get((state.totals, exponent))
+        stds = (totals.pop("layer_std") / steps).tolist()
+        effect: EffectSums | None = totals.pop("effect")
+        first = int(state.step) == steps
+        return {
+            **{
+                key: None if total is None else float(total) / steps
+                for key, total in totals.items()
+            },
+            "exponent": None if exponent is None else int(exponent),
+            "layer_std": dict(zip(self.layers.names, stds, strict=True)),
+            "update_norm_ratio": effect and float(effect.norm_ratio),
+            "update_cosine": effect and float(effect.cosine),
+            "update_norm_ratio_by_step": np.asarray(state.norm_ratios).tolist()
+            if effect and first
+            else None,
+        }
 
     def layer_entries(self, **trees: Any) -> dict[str, np.ndarray]:
         """See `layers.layer_entries`; names are those of the trees and of the layers."""
@@ -154,6 +207,145 @@ class Program:
             )
         }
 
+    def model(self, state: TrainState) -> nnx.Module:
+        """The network with the parameters of a state, in evaluation mode."""
+        return nnx.merge(self._evaluation, nnx.State(state.params), nnx.State(state.batch_stats))
+
     def learning_rate(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 1."""
-        return np.asarray(self._schedule((epoch - 1) * self.steps_per_epoch)).item()
+        return np.asarray(self.schedule((epoch - 1) * self.steps_per_epoch)).item()
+
+    # What follows are pure functions, which the above compiles.
+
+    def _make_model(self, seed: jax.typing.ArrayLike) -> nnx.Module:
+        return MODELS[self._experiment.model].make(
+            num_classes=self._dataset.num_classes,
+            channels=self._dataset.train_images.shape[-1],
+            dtype=self._experiment.precision,
+            rngs=nnx.Rngs(jax.random.key(seed)),
+        )
+
+    def _first_state(self, seed: jax.Array) -> TrainState:
+        """The state before the first step."""
+        model = self._make_model(seed)
+        params = arrays_of(model, nnx.Param)
+        opt_state = self.tx.init(params)
+        totals = jax.tree.map(jnp.zeros_like, self._recorded(jnp.float32(0), params, opt_state))
+        norm_ratios = None if totals["effect"] is None else jnp.ones(self.steps_per_epoch)
+        batch_stats = arrays_of(model, nnx.BatchStat)
+        return TrainState(
+            *(jnp.int32(0), seed, params, batch_stats, opt_state, totals, norm_ratios)
+        )
+
+    def _epoch_order(self, seed: jax.Array, epoch: jax.Array) -> jax.Array:
+        """The order of the training images in an epoch; shape=(n,), dtype=int32."""
+        key = jax.random.fold_in(jax.random.key(seed), epoch)
+        return jax.random.permutation(key, len(self._dataset.train_labels))
+
+    def _step(
+        self, state: TrainState, data: Data, order: jax.Array, *, gradients: bool
+    ) -> tuple[TrainState, Measured]:
+        """A training step; see `train_step`."""
+        x, y = self.batch(state, data, order)
+        (loss, batch_stats), grads = jax.value_and_grad(self.loss, has_aux=True)(
+            state.params, state.batch_stats, x, y
+        )
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+
+        recorded = self._recorded(loss, grads, opt_state)
+        index = state.step % self.steps_per_epoch  # of the step in its epoch
+        totals = jax.tree.map(
+            lambda total, value: jnp.where(index == 0, 0, total) + value, state.totals, recorded
+        )
+        norm_ratios, norm_ratio = state.norm_ratios, optax.tree.get(opt_state, "norm_ratio", None)
+        if norm_ratios is not None:
+            norm_ratios = norm_ratios.at[index].set(norm_ratio)
+        state = TrainState(
+            *(state.step + 1, state.seed, params, batch_stats, opt_state, totals, norm_ratios)
+        )
+        numbers = (loss, recorded["global_std"], recorded["scale_factor"], norm_ratio)
+        return state, Measured(*numbers, grads if gradients else None)
+
+    def batch(self, state: TrainState, data: Data, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The images, augmented, and the labels as probabilities."""
+        it, (images, labels), shape = self._experiment, data, self._dataset.train_images.shape[1:]
+        # Another stream than that of the epochs' orders.
+        stream = jax.random.fold_in(jax.random.key(state.seed), 2**31)
+        crop_key, flip_key, mix_key = jax.random.split(jax.random.fold_in(stream, state.step), 3)
+        start = state.step % self.steps_per_epoch * it.batch_size
+        chosen = jax.lax.dynamic_slice_in_dim(order, start, it.batch_size)
+        chosen = jax.lax.with_sharding_constraint(chosen, devices.by_batch(self._mesh))
+        x = random_crop(crop_key, images[chosen].reshape(-1, *shape), padding=shape[0] // 8)
+        if it.dataset != "digits":  # a mirrored digit is not a digit
+            x = random_flip(flip_key, x)
+        y = jax.nn.one_hot(labels[chosen], self._dataset.num_classes)
+        y = optax.smooth_labels(y, it.label_smoothing)
+        x, y = cutmix(mix_key, x, y, it.cutmix_probability)
+        return normalize(x, self._dataset.mean, self._dataset.std), y
+
+    def loss(
+        self, params: Arrays, batch_stats: Arrays, x: jax.Array, y: jax.Array
+    ) -> tuple[jax.Array, Arrays]:
+        """The mean cross-entropy of a batch, and BatchNorm's statistics after it."""
+        model = nnx.merge(self._training, nnx.State(params), nnx.State(batch_stats))
+        loss = optax.softmax_cross_entropy(model(x), y).mean()
+        return loss, arrays_of(model, nnx.BatchStat)
+
+    def _recorded(self, loss: jax.Array, grads: Arrays, opt_state: optax.OptState) -> Arrays:
+        """What is recorded of each step; all of the gradients as they come, before the method."""
+        return {
+            "train_loss": loss,
+            "global_std": global_std(grads),
+            "layer_std": layer_stds(grads, self.layers),
+            "scale_factor": optax.tree.get(opt_state, "scale_factor", None),
+            "effect": optax.tree.get(opt_state, "effect_sums", None),
+        }
+
+    def _evaluate(
+        self, state: TrainState, data: Data, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sums of the loss and of correct answers over a batch; the last may be partial."""
+        (images, labels), shape = data, self._dataset.test_images.shape[1:]
+        index = start + jnp.arange(self._eval_batch)
+        index = jax.lax.with_sharding_constraint(index, devices.by_batch(self._mesh))
+        within = index < len(labels)
+        x = images.at[index].get(mode="clip").reshape(-1, *shape)
+        y = labels.at[index].get(mode="clip")
+        logits = self.model(state)(normalize(x, self._dataset.mean, self._dataset.std))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        correct = jnp.argmax(logits, axis=-1) == y
+        return jnp.sum(losses, where=within), jnp.sum(correct, where=within)
+
+
+def arrays_of(model: nnx.Module, kind: type[nnx.Variable[Any]]) -> Arrays:
+    """A model's variables of a kind as nested dictionaries of their arrays."""
+    return nnx.to_pure_dict(nnx.state(model, kind))
+
+
+def count_steps(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> int:
+    """The steps in an epoch.
+
+    Raises:
+      ValueError: if the batches do not fit the data or the devices, or the steps cannot be counted.
+    """
+    size, num_images = experiment.batch_size, len(dataset.train_labels)
+    if size > num_images:
+        raise ValueError(
+            f"--batch-size is {size}, more than the {num_images} training images; "
+            "choose a smaller one"
+        )
+    if size % mesh.size:
+        raise ValueError(
+            f"--batch-size is {size}, which {mesh.size} devices cannot share equally; "
+            f"choose a multiple of {mesh.size}"
+        )
+    steps = num_images // size
+    for name in ("epochs", "decay_epochs", "warmup_epochs"):
+        epochs, most = getattr(experiment, name), MAX_STEPS // steps
+        if epochs > most:
+            raise ValueError(
+                f"{option(name)} is {epochs}; it must be at most {most}, as an epoch has "
+                f"{steps} steps, and {MAX_STEPS} can be counted"
+            )
+    return steps

@@ -1,29 +1,20 @@
-"""The folder of a run: what it was, what it measured, and the parameters it ended with."""
+"""The folder of a run: what it was, and what it measured."""
 
 import contextlib
-import dataclasses
-import importlib
 import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from flax import nnx
-from orbax.checkpoint import v1 as ocp
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
 from training import config, plots
-from training.checkpoints import CheckpointError, first_line, is_full
+from training.checkpoints import CheckpointError, is_full
 from training.config import Experiment, Launch, run_folder
 from training.data import DATASETS, Dataset
 from training.lock import LOCK, InUse, lock
@@ -31,6 +22,7 @@ from training.open_folder import OpenFolder
 from training.optimizers import METHODS, OPTIMIZERS
 from training.provenance import environment
 from training.record import SCHEMA, Record, RecordError, parse_records
+from training.trackers import TensorBoard, WeightsAndBiases
 
 
 class RunFolder:
@@ -60,8 +52,7 @@ class RunFolder:
         }
         self.path = run_folder(experiment, launch)
         self.records: list[Record] = []
-        self._tensorboard: EventsWriter | None = None
-        self._wandb: Any = None
+        self._trackers: list[TensorBoard | WeightsAndBiases] = []
         if launch.wandb and not find_spec("wandb"):
             raise ValueError(
                 "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
@@ -131,29 +122,9 @@ class RunFolder:
                 part.write_bytes(b"".join(line + b"\n" for line in lines[:epochs]))
                 part.replace(path)
             self._save_config()
-            (self.path / "tensorboard").mkdir(exist_ok=True)
-            # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
-            self._tensorboard = EventsWriter(str(self.path / "tensorboard" / "events"))
-            hide_later = SessionLog(status=SessionLog.START)
-            self._tensorboard.write_event(
-                Event(wall_time=time.time(), step=epochs + 1, session_log=hide_later)
-            )
+            self._trackers.append(TensorBoard(self.path / "tensorboard", epochs))
         if self._launch.wandb:
-            wandb: Any = importlib.import_module("wandb")
-            try:
-                self._wandb = wandb.init(
-                    project="optax-autoscale",
-                    name=self.path.name,
-                    dir=self.path,
-                    config=dataclasses.asdict(self._experiment),
-                    resume="auto",
-                    settings=wandb.Settings(console="off"),
-                )
-            except wandb.Error as error:
-                raise OSError(
-                    f"Weights & Biases cannot be used: {error}; log in with `wandb login`, set "
-                    "WANDB_MODE=offline, or give --no-wandb, and resume with --resume"
-                ) from error
+            self._trackers.append(WeightsAndBiases(self.path, self._experiment))
 
     def write(self, record: Record, layers: dict[str, np.ndarray]) -> None:
         """Adds an epoch to all records, and histograms of `layers` to TensorBoard's."""
@@ -165,27 +136,15 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
-        scalars = _scalars(record)
-        if self._wandb:
-            self._wandb.log(scalars, step=record["epoch"])
-        if self._tensorboard:
-            summaries = [summary.scalar(name, value) for name, value in scalars.items()]
-            summaries += [_histogram(name, entries) for name, entries in layers.items()]
-            values = [value for each in summaries for value in each.value]
-            event = Event(
-                wall_time=time.time(), step=record["epoch"], summary=Summary(value=values)
-            )
-            with _explained(self.path):
-                self._tensorboard.write_event(event)
-                self._tensorboard.flush()
+        with _explained(self.path):
+            for tracker in self._trackers:
+                tracker.write(record, layers)
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # After another error a picture that cannot be written is not worth a word.
         with self._held, contextlib.suppress(OSError) if error else _explained(self.path):
-            if self._tensorboard:
-                self._tensorboard.close()
-            if self._wandb:
-                self._wandb.finish(exit_code=int(error is not None))
+            for tracker in self._trackers:
+                tracker.close(failed=error is not None)
             if self.records and self._opened.is_there():
                 plots.plot_curves(self.records, self._title, self.path / "curves.png")
                 plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
@@ -233,74 +192,3 @@ def _explained(path: Path) -> Iterator[None]:
             else "choose another folder with --out"
         )
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
-
-
-def save_model(folder: Path, params: nnx.State, batch_stats: nnx.State) -> None:
-    """Saves what a run ended with to `parameters/`; every process of a run takes part.
-
-    Raises:
-      CheckpointError: if they cannot be written.
-    """
-    path, state = folder / "parameters", nnx.merge_state(params, batch_stats)
-    try:
-        ocp.save(str(path.absolute()), state, overwrite=True)
-    except Exception as error:
-        remedy = "make room and resume" if is_full(error) else "resume"
-        raise CheckpointError(
-            f"{path} could not be written ({first_line(error)}); {remedy} with --resume"
-        ) from error
-
-
-def load_model(folder: str | os.PathLike[str]) -> nnx.Module:
-    """The trained model of a finished run, in evaluation mode.
-
-    Args:
-      folder: the run's folder.
-
-    Returns:
-      The network that `config.json` describes, with the parameters that the run ended with.
-    """
-    description = json.loads(Path(folder, "config.json").read_text())
-    experiment = description["config"]
-    model = MODELS[experiment["model"]].make(
-        num_classes=description["num_classes"],
-        channels=description["channels"],
-        dtype=experiment["precision"],
-        rngs=nnx.Rngs(experiment["seed"]),
-    )
-    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    nnx.update(model, ocp.load(str(Path(folder).absolute() / "parameters"), state))
-    model.eval()
-    return model
-
-
-def _scalars(record: Record) -> dict[str, float]:
-    """A record under TensorBoard's names; what is None there is left out."""
-    scalars = {
-        "train/loss": record["train_loss"],
-        "train/learning_rate": record["learning_rate"],
-        "train/images_per_second": record["images_per_second"],
-        "test/loss": record["test_loss"],
-        "test/accuracy": record["test_accuracy"],
-        "gradients/global_std": record["global_std"],
-        "gradients/scale_factor": record["scale_factor"],
-        "gradients/exponent": record["exponent"],
-        "effect/update_norm_ratio": record["update_norm_ratio"],
-        "effect/update_cosine": record["update_cosine"],
-    } | {f"layer_std/{path}": std for path, std in record["layer_std"].items()}
-    return {name: value for name, value in scalars.items() if value is not None}
-
-
-def _histogram(name: str, entries: np.ndarray) -> Summary:
-    # `summary.histogram` takes ten times as long: its `dot` wakes all of BLAS's threads.
-    counts, edges = np.histogram(entries, bins=30)
-    return summary.histogram_raw(
-        name,
-        min=edges[0],
-        max=edges[-1],
-        num=entries.size,
-        sum=entries.sum(),
-        sum_squares=np.square(entries).sum(),
-        bucket_limits=edges[1:].tolist(),
-        bucket_counts=counts.tolist(),
-    )

@@ -68,10 +68,11 @@ def test_the_closed_form_holds_for_noise_whose_size_falls():
 def test_shadows_see_the_plain_runs_gradients_and_do_not_change_it(small):
     lines = list(effect.measure(EXPERIMENT, small, 4))
     program = Program(EXPERIMENT, small, devices.make_mesh())
+    data = program.put(small.train_images, small.train_labels)
     state = program.first_state()
     for step, line in enumerate(lines):
         order = program.epoch_order(np.int32(1 + step // program.steps_per_epoch))
-        state, measured = program.train_step(state, order)
+        state, measured = program.train_step(state, data, order)
         assert line["loss"] == pytest.approx(float(measured.loss), rel=1e-4)
         assert line["global_std"] == pytest.approx(float(measured.global_std), rel=1e-4)
         assert line["scale_factor"].keys() == {"scaling"}

@@ -77,7 +77,7 @@ def test_paths_leave_a_trace_and_are_all_of_the_layers(name):
 @pytest.mark.parametrize("name", TINY)
 def test_statistics_are_those_of_the_layers_with_the_names(name):
     model = model_of(name)
-    params, paths = nnx.state(model, nnx.Param), layer_paths(model)
+    params, paths = nnx.to_pure_dict(nnx.state(model, nnx.Param)), layer_paths(model)
     stds = jax.jit(partial(layer_stds, paths=paths))(params)
     assert (stds.shape, stds.dtype) == ((len(paths),), jnp.float32)
     for std, path in zip(stds, paths, strict=True):
@@ -89,7 +89,7 @@ def test_statistics_are_those_of_the_layers_with_the_names(name):
 
 def test_entries_are_those_of_the_layers_and_large_ones_are_thinned_out(monkeypatch):
     model = model_of("resnet")
-    params, paths = nnx.state(model, nnx.Param), layer_paths(model)
+    params, paths = nnx.to_pure_dict(nnx.state(model, nnx.Param)), layer_paths(model)
     kernel = np.ravel(params["classifier"]["kernel"][...])
     np.testing.assert_array_equal(layer_entries(params, paths)[-1], kernel)
     monkeypatch.setattr(layers, "LARGEST_HISTOGRAM", 10)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from models import MODELS, resnet8
@@ -48,12 +47,17 @@ def mesh_of(count: int) -> Mesh:
 
 def run(count: int, *, fsdp: bool = False, steps: int = 6, experiment: Experiment = EXPERIMENT):
     program = Program(experiment, DATA, mesh_of(count), fsdp=fsdp)
+    data = program.put(DATA.train_images, DATA.train_labels)
     state, history = program.first_state(), []
     for step in range(steps):
         order = program.epoch_order(np.int32(1 + step // program.steps_per_epoch))
-        state, measured = program.train_step(state, order)
+        state, measured = program.train_step(state, data, order)
         history.append([float(v) for v in measured[:4] if v is not None])
     return program, state, np.array(history)
+
+
+def evaluate(program, state):
+    return program.evaluate(state, program.put(DATA.test_images, DATA.test_labels))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def test_eight_devices_equal_one(fsdp, alone):
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(
-        program.evaluate(state), reference.evaluate(reference_state), rtol=1e-3
+        evaluate(program, state), evaluate(reference, reference_state), rtol=1e-3
     )
 
 
@@ -116,14 +120,12 @@ def test_evaluation_counts_every_image_once(eval_batch, devices, alone, monkeypa
     _, state, _ = alone
     monkeypatch.setattr(program_module, "EVAL_BATCH", eval_batch)
     program = Program(EXPERIMENT, DATA, mesh_of(devices))
-    model = resnet8(widths=(8, 16), num_classes=3, channels=1, rngs=nnx.Rngs(0))
-    nnx.update(model, state.params, state.batch_stats)
-    model.eval()
+    model = alone[0].model(state)
     logits = oracle.float64(model(jnp.asarray((DATA.test_images / 255 - 0.5) / 0.25, jnp.float32)))
     log_sum = np.log(np.exp(logits).sum(axis=1))
     expected = (log_sum - logits[np.arange(NUM_TEST), DATA.test_labels]).mean()
     state = jax.device_put(state, jax.tree.leaves(program.first_state())[0].sharding)
-    loss, accuracy = program.evaluate(state)
+    loss, accuracy = evaluate(program, state)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     assert accuracy == pytest.approx((logits.argmax(axis=1) == DATA.test_labels).mean())
 

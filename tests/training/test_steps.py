@@ -2,19 +2,17 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType
 
-from models import resnet8
+from models import MODELS, resnet8
 from tests import oracle
-from training import steps
 from training.config import Experiment
 from training.data import Dataset
-from training.layers import layer_paths
-from training.optimizers import METHODS, learning_rate_schedule, make_optimizer
+from training.optimizers import METHODS
+from training.program import Program, TrainState
 
 EXPERIMENT = Experiment(batch_size=16, learning_rate=3e-3)
 NUM_TRAIN, NUM_TEST = 70, 23
@@ -35,54 +33,52 @@ def make_data() -> Dataset:
 DATA = make_data()
 
 
-def make_model(it: Experiment = EXPERIMENT) -> nnx.Module:
-    return resnet8(
-        widths=(4, 8), num_classes=3, channels=1, dtype=it.precision, rngs=nnx.Rngs(it.seed)
-    )
+TINY = MODELS["resnet20"]._replace(make=functools.partial(resnet8, widths=(4, 8)))
 
 
-LAYERS = layer_paths(make_model())
-IMAGES = steps.flat_images(DATA.train_images)
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
 
 
 @functools.cache
-def compiled(it: Experiment):
-    """The state before the first step, and the compiled step."""
-    model = make_model(it)
-    schedule = learning_rate_schedule(it.learning_rate, it.decay_epochs, 0, STEPS)
-    tx = make_optimizer(it.method, it.optimizer, schedule, it.weight_decay, effect=it.effect)
-    alone = SingleDeviceSharding(jax.devices()[0])
-    train_step = jax.jit(steps.make_train_step(model, tx, it, DATA, alone, LAYERS))
-    return steps.init_state(model, tx, it.seed, LAYERS, STEPS), train_step
+def program(it: Experiment = EXPERIMENT) -> Program:
+    """The program on one device."""
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])
+    return Program(it, DATA, mesh)
+
+
+def take_step(it: Experiment, state: TrainState, images: np.ndarray = DATA.train_images, **kwargs):
+    """The next state, which takes over the memory, and what the step measured."""
+    data = program(it).put(images, DATA.train_labels)
+    order = program(it).epoch_order(np.int32(1 + int(state.step) // program(it).steps_per_epoch))
+    return program(it).train_step(state, data, order, **kwargs)
 
 
 @functools.cache
 def run(it: Experiment = EXPERIMENT, epochs: int = 1):
     """The state after some epochs, and what each step returned."""
-    state, train_step = compiled(it)
-    history = []
-    for epoch in range(1, epochs + 1):
-        order = steps.epoch_order(it.seed, jnp.int32(epoch), NUM_TRAIN)
-        for _ in range(STEPS):
-            state, measured = train_step(state, IMAGES, DATA.train_labels, order)
-            history.append(tuple(map(float, (measured.loss, measured.global_std))))
+    state, history = program(it).first_state(), []
+    for _ in range(epochs * STEPS):
+        state, measured = take_step(it, state)
+        history.append(tuple(map(float, (measured.loss, measured.global_std))))
     return state, np.array(history)
 
 
 def test_epochs_are_permutations_keyed_by_seed_and_epoch():
     orders = [
-        np.asarray(steps.epoch_order(seed, jnp.int32(epoch), NUM_TRAIN))
+        np.asarray(program(dataclasses.replace(EXPERIMENT, seed=seed)).epoch_order(np.int32(epoch)))
         for seed, epoch in ((0, 1), (0, 2), (1, 1))
     ]
     for order in orders:
         assert sorted(order) == list(range(NUM_TRAIN))
     assert len({tuple(order.tolist()) for order in orders}) == 3
-    np.testing.assert_array_equal(steps.epoch_order(0, jnp.int32(1), NUM_TRAIN), orders[0])
+    np.testing.assert_array_equal(program().epoch_order(np.int32(1)), orders[0])
 
 
 def test_recorded_statistics_are_means_over_the_epochs_steps():
     state, history = run(epochs=2)
-    means = steps.epoch_means(state, LAYERS, STEPS)
+    means = program().epoch_means(state)
     second = history[STEPS:]
     np.testing.assert_allclose(means["train_loss"], second[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(means["global_std"], second[:, 1].mean(), rtol=1e-5)
@@ -96,24 +92,19 @@ def test_recorded_statistics_are_means_over_the_epochs_steps():
 
 def updates_by_step(it: Experiment, epochs: int) -> list[np.ndarray]:
     """What each step changed, all parameters in one vector."""
-    state, train_step = compiled(it)
-    updates = []
-    for epoch in range(1, epochs + 1):
-        order = steps.epoch_order(it.seed, jnp.int32(epoch), NUM_TRAIN)
-        for _ in range(STEPS):
-            before = state.params
-            state, _ = train_step(state, IMAGES, DATA.train_labels, order)
-            change = jax.tree.map(lambda new, old: oracle.float64(new - old), state.params, before)
-            updates.append(np.concatenate([*map(np.ravel, jax.tree.leaves(change))]))
+    state, updates = program(it).first_state(), []
+    for _ in range(epochs * STEPS):
+        before = jax.device_get(state.params)
+        state, _ = take_step(it, state)
+        change = jax.tree.map(lambda new, old: oracle.float64(new - old), state.params, before)
+        updates.append(np.concatenate([*map(np.ravel, jax.tree.leaves(change))]))
     return updates
 
 
 def test_the_effect_of_the_first_step_is_that_of_two_runs():
     """Both runs start from the same parameters and see the same batch."""
     it = dataclasses.replace(EXPERIMENT, optimizer="sgd", learning_rate=1.0, effect=True)
-    state, train_step = compiled(it)
-    order = steps.epoch_order(it.seed, jnp.int32(1), NUM_TRAIN)
-    _, measured = train_step(state, IMAGES, DATA.train_labels, order)
+    _, measured = take_step(it, program(it).first_state())
     ours = updates_by_step(it, 1)[0]
     plain = updates_by_step(dataclasses.replace(it, method="none"), 1)[0]
     assert float(measured.norm_ratio) == pytest.approx(
@@ -125,7 +116,7 @@ def test_the_recorded_effect_is_that_of_the_epochs_sums():
     it = dataclasses.replace(EXPERIMENT, effect=True)
     first, _ = run(it)
     state, history = run(it, epochs=2)
-    means = [steps.epoch_means(s, LAYERS, STEPS) for s in (first, state)]
+    means = [program().epoch_means(s) for s in (first, state)]
     by_step = means[0]["update_norm_ratio_by_step"]
     assert len(by_step) == STEPS
     assert min(by_step) <= means[0]["update_norm_ratio"] <= max(by_step)
@@ -137,10 +128,10 @@ def test_the_recorded_effect_is_that_of_the_epochs_sums():
 
 def test_no_method_has_no_effect():
     state, _ = run(dataclasses.replace(EXPERIMENT, method="none", effect=True))
-    means = steps.epoch_means(state, LAYERS, STEPS)
+    means = program().epoch_means(state)
     assert (means["update_norm_ratio"], means["update_cosine"]) == (1.0, 1.0)
     assert means["update_norm_ratio_by_step"] == [1.0] * STEPS
-    assert steps.epoch_means(run()[0], LAYERS, STEPS)["update_norm_ratio"] is None
+    assert program().epoch_means(run()[0])["update_norm_ratio"] is None
 
 
 # All pixels 0, as the padding is: a crop changes nothing.
@@ -150,7 +141,10 @@ BLANK = np.zeros_like(DATA.train_images)
 @functools.cache
 def first_gradients():
     """The loss and the gradients of a first step on all blank images, computed otherwise."""
-    graph, params, batch_stats = nnx.split(make_model(), nnx.Param, nnx.BatchStat)
+    graph, params, batch_stats = nnx.split(
+        TINY.make(num_classes=3, channels=1, rngs=nnx.Rngs(EXPERIMENT.seed)),
+        *(nnx.Param, nnx.BatchStat),
+    )
 
     @jax.jit
     def loss_and_grads(params):
@@ -167,17 +161,16 @@ def first_gradients():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_records_the_raw_gradients(method):
-    config = dataclasses.replace(EXPERIMENT, method=method, batch_size=NUM_TRAIN)
-    state, train_step = compiled(config)
-    state, (loss, global_std, scale_factor, _, raw) = train_step(
-        state, steps.flat_images(BLANK), DATA.train_labels, jnp.arange(NUM_TRAIN, dtype=jnp.int32)
+    it = dataclasses.replace(EXPERIMENT, method=method, batch_size=NUM_TRAIN)
+    state, (loss, global_std, scale_factor, _, raw) = take_step(
+        it, program(it).first_state(), BLANK, gradients=True
     )
     expected_loss, grads = first_gradients()
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(global_std, oracle.global_std(jax.tree.leaves(grads)), rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(grads), strict=True):
+    for a, b in zip(jax.tree.leaves(raw), jax.tree.leaves(nnx.to_pure_dict(grads)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-    means = steps.epoch_means(state, LAYERS, 1)
+    means = program(it).epoch_means(state)
     assert means["scale_factor"] == scale_factor
     scales = method == "scaling" or method.startswith("autoscale")
     assert (means["scale_factor"] is not None) == scales
