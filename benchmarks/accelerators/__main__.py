@@ -106,11 +106,13 @@ def cells(counted: Mapping[str, Any]) -> list[str]:
 
 
 def save(output: Path, known: Mapping[str, Any]) -> None:
-    """Writes all numbers, in the order of the programs' names."""
+    """Writes all numbers, a line for each program, in the order of their names."""
     versions = {target: compilers.versions(target) for target in compilers.PLATFORMS}
-    content = {"versions": versions, "programs": dict(sorted(known.items()))}
+    lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
     part = output.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(
+        f'{{"versions": {json.dumps(versions)},\n"programs": {{\n' + ",\n".join(lines) + "\n}}\n"
+    )
     part.replace(output)
 
 
