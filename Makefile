@@ -1,4 +1,5 @@
 # make train | make test | make test-all | make test-lowest | make lint | make types | make docs
+# make accelerators
 # JAX=cuda13 or JAX=tpu installs jax for that accelerator; PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +9,11 @@ ARGS ?=
 BIN := $(VENV)/bin
 LOWEST := $(VENV)-lowest
 TRAINING := $(VENV)/.installed-train-$(JAX)
+ACCELERATORS := $(VENV)-accelerators
 INSTALLED := $(VENV)/.installed-$(JAX)
 JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 
-.PHONY: train test test-all test-lowest lint types docs format clean
+.PHONY: train test test-all test-lowest lint types docs accelerators format clean
 .DELETE_ON_ERROR:
 
 # Resumes a run that was stopped, and leaves a finished one.
@@ -47,12 +49,16 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build --fail-on-warning --nitpicky -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 
+# Compiles for a TPU and a GPU, neither of which has to be here: see benchmarks/README.md.
+accelerators: $(ACCELERATORS)/.installed
+	$(ACCELERATORS)/bin/python -m benchmarks.accelerators $(ARGS)
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) $(ACCELERATORS)
 
 # Sizes as du shows them with JAX=cpu, Python 3.11 on Linux.
 $(TRAINING): pyproject.toml
@@ -70,4 +76,10 @@ $(INSTALLED): pyproject.toml
 $(VENV)/.installed-docs: $(INSTALLED)
 	@echo 'Installing what the site needs into $(VENV) ...'
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# The compilers take 2 GB.
+$(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt
+	$(PYTHON) -m venv --clear $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable .
 	touch $@
