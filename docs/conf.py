@@ -91,8 +91,8 @@ def _offer_notebook(app: Sphinx, doctree: nodes.document) -> None:
     links = nodes.paragraph("", "", download)
     if repository:
         name = path.relative_to(Path(app.srcdir).parent).as_posix()
-        address = repository.replace("https://", "https://colab.research.google.com/")
-        address = f"{address}/blob/main/{name}"
+        address = repository.replace("github.com", "colab.research.google.com/github")
+        address += f"/blob/main/{name}"
         links += [nodes.Text(" · "), nodes.reference("", "Open in Colab", refuri=address)]
     title = next(doctree.findall(nodes.title))
     title.parent.insert(1, links)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("quickstart.md", "recipes.md", "behaviour.md", "effect.md", "readings.md")
+PAGES = ("quickstart.md", "recipes.md", "behavior.md", "effect.md", "readings.md")
 OPTIONAL = ("equinox", "flax", "haiku", "orbax")
 
 
