@@ -162,15 +162,17 @@ def resume(model: str, batch_size: int, steps: int) -> list[dict[str, Any]]:
             training.step()
         return training.state
 
-    with tempfile.TemporaryDirectory() as folder:
-        with Checkpoints(Path(folder, "run", "checkpoints"), print) as checkpoints:
-            checkpoints.save(int(training.state.step), training.state)
-            checkpoints.wait()
-            expected = int(digest(go_on()))
-            restored = checkpoints.restore(training.program.first_state())
-            assert restored is not None
-            training.state = restored
-            found = int(digest(go_on()))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Checkpoints(Path(folder, "run", "checkpoints"), print) as checkpoints,
+    ):
+        checkpoints.save(int(training.state.step), training.state)
+        checkpoints.wait()
+        expected = int(digest(go_on()))
+        restored = checkpoints.restore(training.program.first_state())
+        assert restored is not None
+        training.state = restored
+        found = int(digest(go_on()))
     return [{"model": model, "steps": steps, "equal to the bit": found == expected}]
 
 

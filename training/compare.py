@@ -177,8 +177,8 @@ def show(runs: Sequence[Run]) -> None:
     console = Console(highlight=False)
     columns: dict[str, Callable[[Record], str]] = {
         "epoch": lambda record: str(record["epoch"]),
-        "train loss": lambda record: f"{record['train_loss']:.4f}",
-        "test loss": lambda record: f"{record['test_loss']:.4f}",
+        "train\nloss": lambda record: f"{record['train_loss']:.4f}",
+        "test\nloss": lambda record: f"{record['test_loss']:.4f}",
         "accuracy": lambda record: f"{record['test_accuracy']:.2%}",
         "grad std": lambda record: f"{record['global_std']:.2e}",
         "scale": lambda record: _format(record["scale_factor"], ".4f"),

@@ -96,10 +96,9 @@ class Display:
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
-            disable=not self._is_live,
         )
-        with spinner:
-            spinner.add_task("")
+        spinner.add_task("")
+        with spinner if self._is_live else contextlib.nullcontext():
             yield
 
     def start(self, step: int, records: Sequence[Record]) -> None:

@@ -66,9 +66,10 @@ def as_record_file(folder: Path) -> Path:
 def test_the_table_has_the_last_epoch_of_each(runs, tmp_path, capsys):
     out = tmp_path / "picture.png"
     compare.main((*runs, as_record_file(runs[1])), out)
-    first, header, *rows, last = capsys.readouterr().out.splitlines()
+    first, above, header, *rows, last = capsys.readouterr().out.splitlines()
     assert first == "ResNet-20, digits, AdamW"
-    columns = ["run", "epoch", "train loss", "test loss", "accuracy", "grad std", "scale"]
+    assert above.split() == ["train", "test"]
+    columns = ["run", "epoch", "loss", "loss", "accuracy", "grad std", "scale"]
     assert re.split(r"  +", header.strip()) == columns
     none = ["3", "0.6667", "0.3333", "30.00%", "3.00e-03", "-"]
     scaled = ["2", "2.0000", "1.0000", "40.00%", "6.00e-03", "0.5000"]
