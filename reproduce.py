@@ -56,7 +56,7 @@ class Options:
     - cifar100: does it help on CIFAR-100, and why; 20 epochs
     - paper: the paper's own scale"""
     hours: Annotated[float | None, NO_HINT] = None
-    """Stop after this many hours; the same command continues."""
+    """Stop after this many hours; the same command resumes."""
     seeds: Annotated[int | None, NO_HINT] = None
     """Number of seeds (default: the study's)."""
     data_dir: Annotated[Path | None, NO_HINT] = None
@@ -199,7 +199,7 @@ def run(experiment: Experiment, options: Options) -> None:
 
 
 def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> None:
-    """Raises ValueError if the record under an experiment's name is of another recipe."""
+    """Raises ValueError if the record under an experiment's name has another recipe."""
     finished = done.get(experiment.name)
     if finished and studies.same_results(finished.experiment) != studies.same_results(experiment):
         changed = [
@@ -208,7 +208,7 @@ def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> No
             if value != getattr(experiment, key)
         ]
         raise ValueError(
-            f"{folder / experiment.name}.jsonl is of another recipe: {', '.join(changed)}; "
+            f"{folder / experiment.name}.jsonl has another recipe: {', '.join(changed)}; "
             "move it away, or choose another folder with --results"
         )
 

@@ -34,7 +34,7 @@ class NotFinite(ArithmeticError):
 
 
 def train(experiment: Experiment, launch: Launch) -> list[Record]:
-    """Trains, and writes the results to the folder of the run.
+    """Trains, and writes the results to the run's folder.
 
     Args:
       experiment: what is trained; with `launch.resume`, that of the run in the folder.
@@ -73,7 +73,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     test_data = program.put(dataset.test_images, dataset.test_labels)
 
     with contextlib.ExitStack() as stack:
-        # Before the checkpoints, whose clean-up removes what another process is writing there.
+        # Before the checkpoints, whose cleanup would remove what another process is writing.
         folder = devices.on_first_process(
             lambda: stack.enter_context(RunFolder(experiment, launch, dataset))
         )
@@ -92,8 +92,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
         done = int(state.step)
         if done > experiment.epochs * program.steps_per_epoch:
             raise ValueError(
-                f"--epochs is {experiment.epochs}, and the run in {path} has done "
-                f"{done / program.steps_per_epoch:.3g} already; give as many or more"
+                f"--epochs is {experiment.epochs}, and the run in {path} has already completed "
+                f"{done / program.steps_per_epoch:.3g}; give as many or more"
             )
         finished = done // program.steps_per_epoch
         devices.on_first_process(lambda: folder and folder.begin(finished, display.say))
@@ -166,7 +166,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
 
 
 def show(step: int, measured: Measured, display: Display) -> None:
-    """Shows a step once the devices have done it; raises NotFinite if there is nothing to show."""
+    """Shows a finished step; raises NotFinite if its loss is not finite."""
     loss, std = float(measured.loss), float(measured.global_std)
     if not np.isfinite([loss, std]).all():
         raise NotFinite(

@@ -108,7 +108,7 @@ class Row(NamedTuple):
 
 
 def measure(name: TreeName, methods: list[str], repeats: int) -> tuple[int, int, list[Row]]:
-    """Numbers of entries and leaves, and times, the methods taking turns so that drift hits all."""
+    """Numbers of entries and leaves, and times, interleaved so that drift affects all."""
     shapes = shapes_of(name)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     grads = {

@@ -149,7 +149,7 @@ def test_auto_resume_starts_continues_and_leaves_a_finished_run(tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
     _, stderr = finish(start("--epochs", "3", folder=tmp_path), returncode=1)
-    assert "exists already and is left as it is; resume it with --resume" in stderr
+    assert "already exists and was not changed; resume it with --resume" in stderr
 
 
 def test_make_train_resumes():

@@ -232,7 +232,7 @@ def test_more_epochs_may_be_asked_for_and_other_options_may_not(reference_here, 
     for change, message in [
         (["--seed", "1"], "--seed is 1, and the run in .* was started with 0"),
         (["--method", "none"], "--method is none, and the run in .* was started with autoscale"),
-        (["--epochs", "1"], "--epochs is 1, and the run in .* has done 2 already"),
+        (["--epochs", "1"], "--epochs is 1, and the run in .* has already completed 2"),
     ]:
         with pytest.raises(SystemExit, match=message):
             tiny(out, "--resume", *change)

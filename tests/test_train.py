@@ -204,7 +204,7 @@ def test_a_second_run_into_the_same_folder_touches_nothing(run):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        f"train.py: {folder} exists already and is left as it is; "
+        f"train.py: {folder} already exists and was not changed; "
         "resume it with --resume, give another folder with --out, or remove it\n"
     )
     assert modified() == before
@@ -253,7 +253,7 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
         (["--model", "resnet21"], "--model is 'resnet21'; did you mean 'resnet20'"),
         (["--method=zscoer"], "--method is 'zscoer'; did you mean 'zscore'"),
         (["--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
-        (["--train-size", "3"], "a training subset of 3 images is not possible"),
+        (["--train-size", "3"], "--train-size 3 is invalid"),
         (["--learning-rate", "nan"], "--learning-rate is nan; it must be finite and positive"),
     ],
 )
@@ -308,7 +308,7 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
 def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("precious")
-    for out, message in [(path, "exists already"), (path / "run", "cannot be written: Not a dir")]:
+    for out, message in [(path, "already exists"), (path / "run", "cannot be written: Not a dir")]:
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(out)])
         with pytest.raises(SystemExit, match=message):
             train.main()

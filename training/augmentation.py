@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Pads images of shape `(batch, height, width, channels)` with zeros, and crops each anew."""
+    """Pads images of shape `(batch, height, width, channels)` with zeros, and crops them randomly."""
     batch, height, width, channels = images.shape
     pad = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, pad)
@@ -25,7 +25,7 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Pixels 0 to 255 to float32 of mean 0 and deviation 1 per channel (last axis)."""
+    """Converts pixels to float32 of mean 0 and deviation 1 per channel (the last axis)."""
     center, scale = 255 * jnp.asarray(mean), 255 * jnp.asarray(std)
     return (images.astype(jnp.float32) - center) / scale
 
@@ -33,7 +33,7 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 def cutmix(
     key: jax.Array, images: jax.Array, labels: jax.Array, probability: float
 ) -> tuple[jax.Array, jax.Array]:
-    """CutMix: one box of each image comes from another image of the batch, and so does the label.
+    """CutMix: replaces a box of each image by that of another image, and mixes their labels.
 
     The box, the same for the whole batch, has an expected share of 1 - lambda of the image, lambda
     being uniform in [0, 1] (beta = 1), and is cut off at the image's edge. Labels are mixed in

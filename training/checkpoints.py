@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, complete or not there at all."""
+"""Checkpoints of a run: written in the background, atomically."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The latest checkpoints of a run, to be entered as a context.
+    """The latest checkpoints of a run, as a context manager.
 
     Args:
       folder: where they are, in the run's folder; created where it is missing. What an interrupted
@@ -63,9 +63,7 @@ class Checkpoints:
             if not self._are_lost():
                 raise
         if self._are_lost():
-            self._say(
-                f"the checkpoints in {self._folder} are gone; they start again with step {step}"
-            )
+            self._say(f"the checkpoints in {self._folder} are gone; new ones start at step {step}")
             self._close()  # it repeats the error of the one before
             self._checkpointer, self._complete = self._open(), None
         # A copy, since the next step overwrites its argument while this is being written.
@@ -140,11 +138,11 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _are_lost(self) -> bool:
-        """Whether the latest complete checkpoint is not there any more."""
+        """Whether the latest complete checkpoint is gone."""
         return self._complete is not None and not (self._folder / str(self._complete)).exists()
 
     def _write_error(self, step: int, error: Exception) -> CheckpointError:
-        """What to raise instead; FileNotFoundError itself where the run's folder is gone."""
+        """The error to raise instead; FileNotFoundError if the run's folder is gone."""
         self._run.check()
         if self._are_lost():
             remedy = "those before it are gone, so the run cannot be resumed"
@@ -153,7 +151,7 @@ class Checkpoints:
             if self._complete is not None:
                 remedy += f" after step {self._complete}, the latest that is complete"
             if is_full(error):
-                remedy = f"make room and {remedy}"
+                remedy = f"free some space and {remedy}"
         return CheckpointError(
             f"the checkpoint after step {step} could not be written to {self._folder} "
             f"({first_line(error)}); {remedy}"
@@ -161,12 +159,12 @@ class Checkpoints:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether it tells of a full disk; the errors of some libraries only do so in words."""
+    """Whether an error means a full disk; some libraries say so only in the message."""
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def digest(state: Any) -> jax.Array:
-    """A checksum of every bit of a tree of arrays, wherever they lie; shape=(), dtype=uint32."""
+    """A checksum of every bit of a tree of arrays, on any devices; shape=(), dtype=uint32."""
     # A single function of all leaves would take seconds to compile.
     return functools.reduce(_add_to_digest, jax.tree.leaves(state), jnp.uint32(0))
 

@@ -113,7 +113,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> None:
         try:
             requests.head(builder.url, timeout=30)
         except requests.RequestException as error:
-            # TFDS would find that out as well, after ten attempts in more than three minutes.
+            # TFDS would fail too, but after ten attempts and more than three minutes.
             raise ConnectionError(f"no connection to {builder.url}") from error
     builder.download_and_prepare(
         file_format="array_record",

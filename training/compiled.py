@@ -1,4 +1,4 @@
-"""Compiled programs that are kept between runs."""
+"""Compiled programs, kept between runs."""
 
 import hashlib
 import os

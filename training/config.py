@@ -1,4 +1,4 @@
-"""What a run is and how it is launched: the options of `train.py`, and the recipe behind them."""
+"""The options of `train.py`: what a run is, how it is launched, and the recipes of the defaults."""
 
 import ast
 import dataclasses
@@ -49,7 +49,7 @@ SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is trained and how: recorded with the results, and the same when a run is resumed."""
+    """What is trained and how: recorded with the results, and fixed when a run is resumed."""
 
     dataset: DatasetName = "digits"
     """Data set; CIFAR is read from --data-dir, or downloaded there if it is missing."""
@@ -94,7 +94,7 @@ class Experiment:
         return f"{name}-{it.tag}" if it.tag else name
 
     def validate(self) -> None:
-        """Raises ValueError if an option is impossible, with its value and what it may be."""
+        """Raises ValueError if an option is invalid, with its value and the valid ones."""
         limits: dict[str, tuple[Callable[[float], bool], str]] = {
             "epochs": (lambda value: 1 <= value <= MAX_STEPS, f"between 1 and {MAX_STEPS}"),
             "batch_size": (lambda value: 1 <= value < math.inf, "positive"),
@@ -115,7 +115,7 @@ class Experiment:
         _check_limits(self, limits)
         if not re.fullmatch(r"[\w.+-]*", self.tag):
             raise ValueError(
-                f"--tag is {self.tag!r}; it is part of a file's name and must be of letters, "
+                f"--tag is {self.tag!r}; it is part of a file name and must consist of letters, "
                 "digits, '.', '+', '-' and '_'"
             )
         for name, choices in CHOICES.items():
@@ -152,7 +152,7 @@ class Launch:
     """Show the full traceback of an error."""
 
     def validate(self) -> None:
-        """Raises ValueError if an option is impossible, with its value and what it may be."""
+        """Raises ValueError if an option is invalid, with its value and the valid ones."""
         positive = (lambda value: 0 < value < math.inf, "positive")
         _check_limits(self, {"checkpoint_minutes": positive})
         for name in ("out", "data_dir"):
@@ -334,7 +334,7 @@ def load(folder: Path) -> Experiment:
     commit = description.get("commit")
     raise ValueError(
         f"{path} was written by {version} version of train.py, and this one cannot resume its run; "
-        "start it again with another --out"
+        "start a new run with another --out"
         + (f", or resume it with the sources of commit {commit}" if commit else "")
     )
 
@@ -408,7 +408,7 @@ def check_path(name: str, path: Path) -> None:
 
 
 def _given(name: str, args: Sequence[str]) -> list[str]:
-    """The values that the command line has for an option."""
+    """The valid values of an option."""
     return [value for key, value in itertools.pairwise(args) if key == option(name)] + [
         arg.partition("=")[2] for arg in args if arg.startswith(option(name) + "=")
     ]
@@ -417,7 +417,7 @@ def _given(name: str, args: Sequence[str]) -> list[str]:
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if (name, value) == ("method", "adamw"):
         raise ValueError(
-            "--method adamw is called none now: the optimizer alone, which --optimizer chooses"
+            "--method adamw is now called none: the optimizer alone, chosen by --optimizer"
         )
     if value not in choices:
         nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0)[0]

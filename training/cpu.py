@@ -1,4 +1,4 @@
-"""How a run uses the cores and the memory of a CPU."""
+"""How a run uses a CPU's cores and memory."""
 
 import ctypes
 import os

@@ -175,14 +175,14 @@ def _subset(dataset: Dataset, name: str, train_size: int, seed: int) -> Dataset:
     labels, num_classes = dataset.train_labels, dataset.num_classes
     if not num_classes <= train_size <= len(labels):
         raise DataError(
-            f"a training subset of {train_size} images is not possible: {name} allows "
+            f"--train-size {train_size} is invalid: {name} allows "
             f"{num_classes} (one of each class) to {len(labels)} (all of them)"
         )
     rng = np.random.default_rng(seed)
     rank = np.empty_like(labels)  # of each image within its class, at random
     for label, count in enumerate(np.bincount(labels, minlength=num_classes)):
         rank[labels == label] = rng.permutation(count)
-    # By rank: one image of every class before a second of any.
+    # By rank: one image of every class before the second of any class.
     keep = np.sort(np.argsort(rank, kind="stable")[:train_size])
     return dataclasses.replace(
         dataset, train_images=dataset.train_images[keep], train_labels=labels[keep]

@@ -1,4 +1,4 @@
-"""The processes and devices of a run, and where its arrays lie on them."""
+"""The processes and devices of a run, and the sharding of its arrays."""
 
 import atexit
 import contextlib
@@ -73,7 +73,7 @@ def ending_together() -> Iterator[None]:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """Ends this process without waiting for anything."""
+    """Exits immediately, without waiting for anything."""
     if sys.stdout.isatty():
         os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the live view has hidden the cursor
     os._exit(code)
@@ -104,7 +104,7 @@ def by_batch(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
-    """Where each array of a state lies: everywhere, or split over the devices with `fsdp`.
+    """The sharding of each array of a state: replicated, or with `fsdp` split over the devices.
 
     Args:
       state: a tree of arrays or their shapes.

@@ -237,7 +237,7 @@ class Curve:
         self._columns: dict[int, tuple[float, int]] = {}  # sum and number of the values there
 
     def add(self, column: int, value: float) -> None:
-        """Adds a value that belongs to a column of the text."""
+        """Adds a value to a column of the text."""
         total, number = self._columns.get(column, (0.0, 0))
         self._columns[column] = (total + value, number + 1)
         self.latest = value

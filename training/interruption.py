@@ -17,7 +17,7 @@ from training.devices import by_batch, exit_at_once, is_first_process, put, repl
 
 
 class Request(NamedTuple):
-    """What all processes of a run are to do after a step."""
+    """What all processes of a run do after a step."""
 
     save: int  # 1 to write a checkpoint, else 0
     signal: int  # the number of the signal to stop at, 0 for none

@@ -27,7 +27,7 @@ class InUse(OSError):
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder, to be entered as a context.
+    """Keeps other processes out of a folder, as a context manager.
 
     The kernel holds the lock, and releases it when the process ends, however that happens; programs
     that the process starts do not inherit it. A process that holds it may enter it again. On a

@@ -1,4 +1,4 @@
-"""A folder in use, which should stay where it is."""
+"""A folder in use, which must not be moved."""
 
 import os
 import shlex

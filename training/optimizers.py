@@ -17,7 +17,7 @@ class MethodSpec(NamedTuple):
 
     make: Callable[[], optax.GradientTransformation]
     label: str  # in titles, tables and figures
-    description: str  # what `train.py --list` says of it
+    description: str  # in `train.py --list`
     color: str  # Okabe and Ito's: told apart by the color-blind
     line: str | tuple[int, tuple[int, int]] = "-"  # as Matplotlib has it
     # Combines the chain and the plain optimizer, where the method is not the chain alone.
@@ -111,7 +111,7 @@ METHODS = {
     "zscore": MethodSpec(
         optax_autoscale.zscore_normalization,
         "Z-Score Normalization",
-        "normalizes each layer to mean 0 and standard deviation 1 (Yun 2024)",
+        "normalizes normalize each layer to mean 0 and standard deviation 1 (Yun 2024)",
         "#CC79A7",
     ),
     "clip": MethodSpec(

@@ -1,4 +1,4 @@
-"""The training step of a run: its batch, loss, gradients, update and what is measured of it."""
+"""The training step of a run: its batch, loss, gradients, update and measurements."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a step tells of itself; all of the gradients as they come, before the method."""
+    """The measurements of a step, all on the raw gradients, before the method."""
 
     loss: jax.Array  # shape=(), dtype=float32
     global_std: jax.Array  # shape=(), dtype=float32
@@ -48,7 +48,7 @@ class Measured(NamedTuple):
 
 
 class Program:
-    """What a run does with its state; the same on one device and on many processes'.
+    """The compiled functions of a run; the same on one device and on several processes.
 
     Args:
       experiment: what is trained.
@@ -134,7 +134,7 @@ class Program:
         return devices.put(rows, everywhere), devices.put(labels, everywhere)
 
     def compile(self, state: TrainState, train_data: Data, test_data: Data) -> None:
-        """Compiles all functions, so that no epoch's time has that in it."""
+        """Compiles all functions, so that compile time is not part of an epoch's time."""
         order = self.epoch_order(np.int32(1))
         self.train_functions = {
             gradients: step.lower(state, train_data, order).compile()
@@ -337,7 +337,7 @@ def count_steps(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> int:
         )
     if size % mesh.size:
         raise ValueError(
-            f"--batch-size is {size}, which {mesh.size} devices cannot share equally; "
+            f"--batch-size is {size}, which is not a multiple of the {mesh.size} devices; "
             f"choose a multiple of {mesh.size}"
         )
     steps = num_images // size

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was, and what it measured."""
+"""The folder of a run: its configuration and its records."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ PICTURES = ("curves.png", "gradients.png", "layers.png")
 
 
 class RunFolder:
-    """The files of one run, to be entered as a context; leaving it draws the pictures.
+    """The files of one run, as a context manager that draws the pictures at exit.
 
     No other process can enter it meanwhile. In a run of several processes, only the first one has
     any files.
@@ -143,7 +143,7 @@ class RunFolder:
                 tracker.write(record, layers)
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        # After another error a picture that cannot be written is not worth a word.
+        # After another error, do not report pictures that cannot be written.
         with self._held, contextlib.suppress(OSError) if error else _explained(self.path):
             for tracker in self._trackers:
                 tracker.close(failed=error is not None)
@@ -162,11 +162,11 @@ class RunFolder:
                     "remove the link, or give another folder with --out"
                 )
         if path.exists() and not (
-            # What a process leaves behind that is killed before it has begun.
+            # Left by a process that was killed before it started.
             path.is_dir() and {each.name for each in path.iterdir()} <= {LOCK, "config.part"}
         ):
             raise FileExistsError(
-                f"{path} exists already and is left as it is; "
+                f"{path} already exists and was not changed; "
                 "resume it with --resume, give another folder with --out, or remove it"
             )
 
@@ -183,14 +183,14 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Says of an error of the operating system where it happened, and what may help."""
+    """Adds to an OSError where it happened, and a remedy."""
     try:
         yield
     except InUse:
         raise
     except OSError as error:
         remedy = (
-            "make room and resume with --resume"
+            "free some space and resume with --resume"
             if is_full(error)
             else "choose another folder with --out"
         )

@@ -1,4 +1,4 @@
-"""The network that a run ended with."""
+"""The final parameters of a run."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def save_model(folder: Path, model: nnx.Module) -> None:
     try:
         ocp.save(str(path.absolute()), nnx.state(model, VARIABLES), overwrite=True)
     except Exception as error:
-        remedy = "make room and resume" if is_full(error) else "resume"
+        remedy = "free some space and resume" if is_full(error) else "resume"
         raise CheckpointError(
             f"{path} could not be written ({first_line(error)}); {remedy} with --resume"
         ) from error

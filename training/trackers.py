@@ -1,4 +1,4 @@
-"""What is told of a run to TensorBoard and to Weights & Biases."""
+"""The records of a run for TensorBoard and Weights & Biases."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ class TensorBoard:
 
     Args:
       folder: where the files are; created where it is missing.
-      epochs: those that the run has done. What the files hold of later ones is hidden.
+      epochs: those that the run has completed. What the files hold of later ones is hidden.
     """
 
     def __init__(self, folder: Path, epochs: int):
@@ -88,7 +88,7 @@ class WeightsAndBiases:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """A record under TensorBoard's names; what is None there is left out."""
+    """A record under TensorBoard's names, without entries that are None."""
     scalars = {
         "train/loss": record["train_loss"],
         "train/learning_rate": record["learning_rate"],

@@ -52,7 +52,7 @@ def test_lost_ones_start_again(how, checkpoints, said, tmp_path):
         folder.mkdir()
     checkpoints.save(3, state(3))
     checkpoints.wait()
-    assert said == [f"the checkpoints in {folder} are gone; they start again with step 3"]
+    assert said == [f"the checkpoints in {folder} are gone; new ones start at step 3"]
     checkpoints.save(4, state(4))
     checkpoints.wait()
     assert len(said) == 1
@@ -72,8 +72,11 @@ def test_a_run_that_is_moved_is_left_alone(checkpoints, tmp_path):
     ("error", "remedy"),
     [
         (PermissionError(13, "Permission denied"), "resume with --resume after step 1, the latest"),
-        (OSError(28, "No space left on device"), "make room and resume with --resume"),
-        (ValueError("EXHAUSTED: No space left on device"), "make room and resume with --resume"),
+        (OSError(28, "No space left on device"), "free some space and resume with --resume"),
+        (
+            ValueError("EXHAUSTED: No space left on device"),
+            "free some space and resume with --resume",
+        ),
     ],
 )
 def test_a_write_that_fails(error, remedy, checkpoints, monkeypatch):

@@ -117,7 +117,7 @@ def test_the_folder_is_named_after_the_run():
 
 def test_the_former_name_of_no_method_is_explained():
     for args in (["--method", "adamw"], ["--method=adamw"]):
-        with pytest.raises(ValueError, match="--method adamw is called none now"):
+        with pytest.raises(ValueError, match="--method adamw is now called none"):
             parse(args)
 
 
@@ -144,7 +144,7 @@ def test_impossible_values_are_named(name, value):
 
 
 def test_a_tag_that_would_be_a_folder_is_refused():
-    with pytest.raises(ValueError, match="it is part of a file's name"):
+    with pytest.raises(ValueError, match="it is part of a file name"):
         Experiment(tag="../up").validate()
 
 

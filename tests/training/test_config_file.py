@@ -99,7 +99,7 @@ def test_a_run_of_another_version_is_not_resumed(schema, version, folder):
 
 @pytest.mark.parametrize("args", [["--method", "adamw"], ["--method=adamw"]])
 def test_the_old_name_of_no_method(args):
-    with pytest.raises(ValueError, match=r"^--method adamw is called none now: .*--optimizer"):
+    with pytest.raises(ValueError, match=r"^--method adamw is now called none: .*--optimizer"):
         parse([*args, "--optimizer", "sgd"])
 
 

@@ -123,7 +123,7 @@ def test_a_folder_that_holds_nothing_but_a_lock_is_empty(left, tmp_path):
 def test_a_folder_that_holds_something_is_left_as_it_is(names, tmp_path):
     for name in names:
         (tmp_path / name).write_text("mine")
-    with pytest.raises(FileExistsError, match="is left as it is"), run_folder(tmp_path):
+    with pytest.raises(FileExistsError, match="was not changed"), run_folder(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == set(names)
     assert is_free(tmp_path) if LOCK in names else True

@@ -132,7 +132,7 @@ def test_evaluation_counts_every_image_once(eval_batch, devices, alone, monkeypa
 
 @pytest.mark.parametrize(
     ("batch_size", "message"),
-    [(100, "more than the 70 training images"), (20, "which 8 devices cannot share equally")],
+    [(100, "more than the 70 training images"), (20, "which is not a multiple of the 8 devices")],
 )
 def test_batches_that_do_not_fit(batch_size, message):
     with pytest.raises(ValueError, match=f"--batch-size is {batch_size}, {message}"):
