@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Pads images of shape `(batch, height, width, channels)` with zeros, and crops them randomly."""
+    """Pads images of shape `(batch, height, width, channels)` with zeros, crops them randomly."""
     batch, height, width, channels = images.shape
     pad = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, pad)
