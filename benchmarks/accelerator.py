@@ -1,6 +1,6 @@
 """How fast the accelerator of this machine trains, and whether it does what it should.
 
-    python -m benchmarks.accelerator --json accelerator.json    # under 9 minutes on an H100
+    python -m benchmarks.accelerator --output accelerator.json    # under 9 minutes on an H100
 
 Neither a network nor a data set is needed: images are random, in the shapes of CIFAR-100. A CPU
 does less of the same, to try it. The tables can be pasted into `benchmarks/README.md`.
@@ -212,13 +212,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def main(
-    json_file: tyro.conf.arg[Path | None, tyro.conf.arg(name="json")] = None,  # pyright: ignore
-) -> None:
+def main(output: Path | None = None) -> None:
     """Measures the accelerator of this machine.
 
     Args:
-      json_file: where to write the numbers as well.
+      output: a JSON file for the same numbers.
     """
     cpu.use_cores(256)
     cpu.keep_memory()
@@ -249,8 +247,8 @@ def main(
         print(f"{name} ({time.perf_counter() - begin:.0f} s so far) ...", file=sys.stderr)
         results[name] = part()
         print(table(results[name]), end="\n\n", flush=True)
-        if json_file is not None:  # after each part, lest a later one fails
-            json_file.write_text(json.dumps(results, indent=1) + "\n")
+        if output is not None:  # after each part, lest a later one fails
+            output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
