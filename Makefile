@@ -9,6 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 LOWEST := $(VENV)-lowest
 ACCELERATORS := $(VENV)-accelerators
+TRAINING := $(VENV)/.installed-train-$(JAX)
 INSTALLED := $(VENV)/.installed-$(JAX)
 JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 
@@ -16,7 +17,7 @@ JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 .DELETE_ON_ERROR:
 
 # Resumes a run that was stopped, and leaves a finished one.
-train: $(INSTALLED)
+train: $(TRAINING)
 	$(BIN)/python train.py --auto-resume $(ARGS)
 
 test: $(INSTALLED)
@@ -59,17 +60,26 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) $(LOWEST) $(ACCELERATORS)
 
-$(INSTALLED): pyproject.toml
+# Sizes as du shows them with JAX=cpu, Python 3.11 on Linux.
+$(TRAINING): pyproject.toml
+	@echo 'Installing what train.py needs into $(VENV), once: about 900 MB (more with JAX=cuda13 or tpu) ...'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'jax$(JAX_EXTRA)'
+	$(BIN)/python -m pip install --quiet --editable '.[train]' 'jax$(JAX_EXTRA)'
 	touch $@
 
+$(INSTALLED): pyproject.toml
+	@echo 'Installing what the tests need into $(VENV), once: about 1.4 GB (more with JAX=cuda13 or tpu) ...'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'jax$(JAX_EXTRA)'
+	touch $@ $(TRAINING)
+
 $(VENV)/.installed-docs: $(INSTALLED)
+	@echo 'Installing what the site needs into $(VENV) ...'
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-# The compilers take 2 GB.
 $(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt
+	@echo 'Installing the compilers of a TPU and a GPU into $(ACCELERATORS), once: about 2 GB ...'
 	$(PYTHON) -m venv --clear $(ACCELERATORS)
 	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable .
 	touch $@

@@ -1,23 +1,21 @@
-"""Many runs, their tables and their pictures: `python reproduce.py --help`."""
+"""Studies of many runs, their tables and figures: `python reproduce.py --help`."""
 
 import contextlib
 import dataclasses
 import os
 import shutil
 import signal
-import statistics
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import jax
 import tyro
 
-from reproduction import studies
+from reproduction import estimate, studies
 from reproduction.report import write_report
 from reproduction.studies import STUDIES, Run
 from reproduction.verdict import read_all, write_verdict
@@ -38,36 +36,42 @@ else:
 
 MAX_HOURS = int(threading.TIMEOUT_MAX) // 3600
 MAX_SEEDS = 10_000
-CONTINUES = "the same command continues"
-RUNS = Path("runs")  # what is under way: checkpoints, pictures, parameters
+CONTINUES = "run the same command again to continue"
+RUNS = Path("runs")  # of runs in progress: checkpoints, pictures, parameters
+
+
+NO_HINT = tyro.conf.arg(help_behavior_hint="")  # of a default that turns the option off
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Runs what is missing from a study, and reports on what is there."""
+    """Run what is missing from a study, and write its report."""
 
     preset: Preset = "digits"
-    """The study. digits: the methods and models of the paper's Table 1 on a small data set;
-    ablation: the method's parts, before AdamW and SGD; vit: a Vision Transformer; cpu: CIFAR-100
-    for 5 epochs; cifar100: whether it helps on CIFAR-100 and why, 20 epochs; paper: the paper's own
-    scale."""
-    hours: float | None = None
-    """Stop after so long; the next call continues."""
-    seeds: int | None = None
+    """The study:
+    - digits: the methods and models of the paper's Table 1, on a small data set
+    - ablation: the method's parts, before AdamW and before SGD
+    - vit: a Vision Transformer
+    - cpu: CIFAR-100 for 5 epochs
+    - cifar100: does it help on CIFAR-100, and why; 20 epochs
+    - paper: the paper's own scale"""
+    hours: Annotated[float | None, NO_HINT] = None
+    """Stop after this many hours; the same command continues."""
+    seeds: Annotated[int | None, NO_HINT] = None
     """Number of seeds (default: the study's)."""
-    data_dir: Path | None = None
-    """Folder of TensorFlow Datasets, for CIFAR."""
+    data_dir: Annotated[Path | None, NO_HINT] = None
+    """Folder of the TensorFlow Datasets, for CIFAR (default: that of train.py)."""
     results: Path = Path("results")
-    """Folder of the records and reports, one folder in it per study."""
-    dry_run: bool = False
-    """Show the runs, which of them are done, and how long the rest may take."""
-    report: bool = False
-    """Only write the report, and the verdict over all studies, from the records alone."""
+    """Folder of the records and reports, with one folder per study."""
+    dry_run: Annotated[bool, NO_HINT] = False
+    """List the runs, how far each is, and the time left; train nothing."""
+    report: Annotated[bool, NO_HINT] = False
+    """Write the report, and the verdict over all studies, from the records; train nothing."""
 
 
 def main() -> None:
     output.outlive_readers()
-    options = tyro.cli(Options, description=Options.__doc__)
+    options = tyro.cli(Options, description=Options.__doc__, config=(tyro.conf.DisallowNone,))
     try:
         reproduce(options)
     except Interrupted as error:
@@ -80,7 +84,7 @@ def main() -> None:
 
 
 def reproduce(options: Options) -> None:
-    """Does what the options say; see `Options`."""
+    """Runs and reports a study; see `Options`."""
     for name, most in (("hours", MAX_HOURS), ("seeds", MAX_SEEDS)):
         value = getattr(options, name)
         if value is not None and not 0 < value <= most:
@@ -89,34 +93,35 @@ def reproduce(options: Options) -> None:
     Launch(data_dir=options.data_dir).validate()
     folder = options.results / options.preset
     experiments = STUDIES[options.preset].experiments(options.seeds)
+    cpu.use_cores(min(experiment.batch_size for experiment in experiments))
+    cpu.keep_memory()
+    keep_compiled()
     if options.dry_run:
         show_progress(experiments, options)
         return
-    finished(experiments, folder)  # shows now whether all records are valid,
-    read_all(options.results)  # those of the other studies, which the verdict needs, as well
+    # An invalid record is reported now, not after days: of this study or, for the verdict, others.
+    finished(experiments, folder)
+    read_all(options.results)
     held = []
     if not options.report:
-        try:  # now, and not when the first run is done
+        try:  # now, not after the first run
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(
-                f"{folder} cannot be made: {error.strerror}; give another folder with --results"
+                f"{folder} cannot be created: {error.strerror}; give another folder with --results"
             ) from error
-        cpu.use_cores(min(experiment.batch_size for experiment in experiments))
-        cpu.keep_memory()
-        keep_compiled()
         with time_limit(options.hours):
             held = make_missing(experiments, options)
     for each in held:
         print(each)
     if held:
         print(
-            f"{len(held)} of {len(experiments)} runs are left to other processes; the same command "
-            "takes over what they do not finish"
+            f"{len(held)} of {len(experiments)} runs are left to other processes; run the same "
+            "command again to take over what they do not finish"
         )
         if not any(folder.glob("*.jsonl")):
             return
-    # Again if records came while it was written: so the last report of several processes has all.
+    # Again if records were added meanwhile, so that the last of several processes reports all.
     seen = None
     while (records := set(options.results.glob("*/*.jsonl"))) != seen:
         seen = records
@@ -127,10 +132,10 @@ def reproduce(options: Options) -> None:
 
 
 def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Run]:
-    """The runs that are done, by name.
+    """The finished runs by name.
 
     Raises:
-      ValueError: if a record is invalid, or of another recipe.
+      ValueError: if a record is invalid, or its recipe is not the study's.
     """
     done = studies.read(folder)
     for experiment in experiments:
@@ -139,24 +144,24 @@ def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Run]:
 
 
 def make_missing(experiments: Sequence[Experiment], options: Options) -> list[InUse]:
-    """Makes one run after the other of those that are missing and that no other process holds.
+    """Trains what is missing, run by run, except for runs that another process holds.
 
     Returns:
-      Who holds the others.
+      For each of the latter, who holds it.
     """
     folder = options.results / options.preset
     while True:
-        done = finished(experiments, folder)  # read again: others may have made some
+        done = finished(experiments, folder)  # again: other processes may have finished some
         missing = [experiment for experiment in experiments if experiment.name not in done]
         held = []
         for number, experiment in enumerate(missing):
             try:
                 with lock(folder_of(experiment, options)):
-                    if path_of(experiment, options).exists():  # made since the records were read
+                    if path_of(experiment, options).exists():  # since the records were read
                         continue
                     print(
                         f"run {len(experiments) - len(missing) + number + 1} of "
-                        f"{len(experiments)}, {left(missing[number:], done)}: {experiment.name}"
+                        f"{len(experiments)}, {left(missing[number:], options)}: {experiment.name}"
                     )
                     run(experiment, options)
                     break
@@ -167,20 +172,20 @@ def make_missing(experiments: Sequence[Experiment], options: Options) -> list[In
 
 
 def folder_of(experiment: Experiment, options: Options) -> Path:
-    """Where a run is while it is made."""
+    """The folder in which a run is trained."""
     return RUNS / options.preset / experiment.name
 
 
 def path_of(experiment: Experiment, options: Options) -> Path:
-    """The record file of a run that is done."""
+    """The record file of a finished run."""
     return options.results / options.preset / f"{experiment.name}.jsonl"
 
 
 def run(experiment: Experiment, options: Options) -> None:
-    """Makes a run, or resumes it, and publishes its records; its folder is locked meanwhile."""
+    """Trains or resumes a run, whose folder the caller has locked, and publishes its records."""
     folder = folder_of(experiment, options)
     begun, checkpoints = (folder / "config.json").exists(), folder / "checkpoints"
-    if begun and not checkpoints.exists():  # it was done, and its record deleted to rerun it
+    if begun and not checkpoints.exists():  # it was finished, and its record deleted to rerun it
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     diverged = None
     try:
@@ -194,7 +199,7 @@ def run(experiment: Experiment, options: Options) -> None:
 
 
 def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> None:
-    """Raises ValueError if the run that is there under an experiment's name is another one."""
+    """Raises ValueError if the record under an experiment's name is of another recipe."""
     finished = done.get(experiment.name)
     if finished and studies.same_results(finished.experiment) != studies.same_results(experiment):
         changed = [
@@ -204,12 +209,12 @@ def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> No
         ]
         raise ValueError(
             f"{folder / experiment.name}.jsonl is of another recipe: {', '.join(changed)}; "
-            "move it away, or give another folder with --results"
+            "move it away, or choose another folder with --results"
         )
 
 
 def show_progress(experiments: Sequence[Experiment], options: Options) -> None:
-    """Shows how far each run is, and what is wrong with records that are invalid."""
+    """Prints how far each run is, and what is wrong with invalid records."""
     done: dict[str, Run] = {}
     invalid: list[ValueError] = []
     for experiment in experiments:
@@ -231,35 +236,28 @@ def show_progress(experiments: Sequence[Experiment], options: Options) -> None:
     for error in invalid:
         print(error)
     missing = [experiment for experiment in experiments if experiment.name not in done]
-    print(f"{len(done)} of {len(experiments)} done, {left(missing, done)}")
+    unknown = "time left unknown while records are invalid"
+    text = unknown if invalid else left(missing, options, measure=True)
+    print(f"{len(done)} of {len(experiments)} done, {text}")
 
 
-def left(missing: Sequence[Experiment], done: dict[str, Run]) -> str:
-    """How long the missing runs may take, in words."""
-    if not missing:
-        return "nothing left"
-    speeds: dict[str, list[float]] = {}  # seconds per unit of cost, by model
-    for run in done.values():
-        if run.records:
-            seconds = statistics.median(record["seconds"] for record in run.records)
-            speed = seconds * run.experiment.epochs / studies.cost(run.experiment)
-            speeds.setdefault(run.experiment.model, []).append(speed)
-    if not speeds:
-        return "time left unknown until a run is done"
-    other = statistics.median(speed for values in speeds.values() for speed in values)
-    seconds = sum(
-        studies.cost(each) * statistics.median(speeds.get(each.model, [other])) for each in missing
-    )
-    return f"about {timedelta(seconds=round(seconds))} left"
+def left(missing: Sequence[Experiment], options: Options, *, measure: bool = False) -> str:
+    """The estimated time of the missing runs, in words; this study's own runs tell most."""
+    datasets = {experiment.dataset for experiment in missing}
+    rates: estimate.Rates = {}
+    for study in (*STUDIES, options.preset):
+        runs = studies.read(options.results / study).values()
+        rates |= estimate.rates_of(run for run in runs if run.experiment.dataset in datasets)
+    return estimate.time_left(missing, rates, measure=measure)
 
 
 @contextlib.contextmanager
 def time_limit(hours: float | None) -> Iterator[None]:
-    """Sends this process SIGTERM when the time is up; a run then writes a checkpoint first."""
+    """Sends this process SIGTERM when the time is up; a run writes a checkpoint first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Between two runs nothing is lost. An exception could get lost: in a finalizer or a garbage
-        # collector's callback Python prints it and goes on.
+        # Between two runs nothing is lost by exiting at once. An exception could be ignored: Python
+        # only prints those that are raised in a finalizer or a garbage collector's callback.
         os.write(sys.stderr.fileno(), f"reproduce.py: stopped; {CONTINUES}\n".encode())
         exit_at_once(128 + number)
 

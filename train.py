@@ -5,6 +5,9 @@ import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,10 +23,10 @@ from training.display import Display
 from training.interruption import Interrupted, Request, Requests
 from training.program import Measured, Program
 from training.record import Record
-from training.run_folder import RunFolder
+from training.run_folder import PICTURES, RunFolder, finished_records
 from training.saved_model import save_model
 
-AHEAD = 2  # steps that the host has handed to the devices before it looks at the oldest one's loss
+AHEAD = 2  # steps dispatched to the devices before the host reads the oldest one's loss
 
 
 class NotFinite(ArithmeticError):
@@ -53,6 +56,11 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     path = run_folder(experiment, launch)
     if launch.resume:
         check_resumes(experiment, path)
+        # Several processes might see different states of a shared filesystem.
+        if jax.process_count() == 1 and (records := finished_records(path, experiment.epochs)):
+            print(f"{path} has finished already; with more --epochs it is trained further")
+            print(summary(path, records))
+            return records
     dataset = data.load(
         experiment.dataset,
         launch.data_dir,
@@ -90,10 +98,10 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
         finished = done // program.steps_per_epoch
         devices.on_first_process(lambda: folder and folder.begin(finished, display.say))
         if finished < experiment.epochs:
-            display.say(f"{path}: {describe(mesh)}, compiling ...")
-            if not done:  # shows at once whether the folder can hold checkpoints
-                checkpoints.save(0, state)
-            program.compile(state, train_data, test_data)
+            with display.compiling(f"{path}: {describe(mesh)}"):
+                if not done:  # shows at once whether the folder can hold checkpoints
+                    checkpoints.save(0, state)
+                program.compile(state, train_data, test_data)
             display.start(done, folder.records if folder else [])
 
         requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
@@ -123,6 +131,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             trained = time.perf_counter()
 
             if done == last:
+                display.evaluating()
                 test_loss, test_accuracy = program.evaluate(state, test_data)
                 if not np.isfinite(test_loss):
                     raise NotFinite(f"after step {last}: the test loss is {test_loss}")
@@ -150,11 +159,10 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 raise Interrupted(stop, done, path)
 
         save_model(path, program.model(state))
-        display.say(
-            f"{path} is finished: it holds the records of {experiment.epochs} epochs, the pictures "
-            "and the parameters"
-        )
-    return folder.records if folder else []
+    if folder is None:
+        return []
+    display.say(summary(path, folder.records))  # after the pictures are drawn
+    return folder.records
 
 
 def show(step: int, measured: Measured, display: Display) -> None:
@@ -170,6 +178,17 @@ def show(step: int, measured: Measured, display: Display) -> None:
         for value in (measured.scale_factor, measured.norm_ratio)
     )
     display.step(step, loss, std, scale, ratio)
+
+
+def summary(path: Path, records: Sequence[Record]) -> str:
+    """How a run ended, how long it took, and where its pictures are."""
+    seconds = timedelta(seconds=round(sum(record["seconds"] for record in records)))
+    epochs = "1 epoch" if len(records) == 1 else f"{len(records)} epochs"
+    pictures = ",".join(Path(name).stem for name in PICTURES)
+    return (
+        f"Test accuracy {records[-1]['test_accuracy']:.2%} after {epochs} in {seconds}\n"
+        f"Pictures: {path}/{{{pictures}}}.png"
+    )
 
 
 def describe(mesh: Mesh) -> str:

@@ -3,10 +3,13 @@
 import os
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.util.images import get_image_size
+from sphinx.util.osutil import relative_uri
 
 import optax_autoscale
 
@@ -14,6 +17,9 @@ project = "optax_autoscale"
 author = "The optax_autoscale authors"
 version = release = optax_autoscale.__version__
 html_title = f"{project} {version}"
+# "https://github.com/OWNER/NAME", once it is known: notebooks can then be opened in Colab, and
+# pages link to their sources.
+repository = ""
 
 extensions = [
     "myst_nb",
@@ -30,7 +36,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300  # seconds a cell, for busy machines
 
-# A profile of IPython for the notebooks, so that nobody's own one changes them.
+# An IPython profile for the notebooks, so that the user's own does not affect them.
 _profile = Path(__file__).parent / "_build/ipython/profile_default"
 _profile.mkdir(parents=True, exist_ok=True)
 (_profile / "ipython_kernel_config.py").write_text(
@@ -39,11 +45,18 @@ _profile.mkdir(parents=True, exist_ok=True)
 os.environ["IPYTHONDIR"] = str(_profile.parent)
 
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # the arguments' kinds are said in words; spelt out, they fill lines
-# Classes of other libraries, to which no link leads without a network.
+autodoc_typehints = "none"  # the docstrings describe the types; spelled out, they fill lines
+# Classes of other libraries, whose documentation cannot be linked to without a network.
 nitpick_ignore_regex = [("py:.*", r"(jax|optax)\..*")]
 
 html_theme = "furo"
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
+if repository:
+    html_theme_options = {
+        "source_repository": repository,
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 pygments_dark_style = "github-dark"
 html_show_copyright = False
 html_show_sphinx = False
@@ -57,23 +70,49 @@ mathjax3_config = {"svg": {"scale": 0.9}}
 
 
 def _follow_links(app: Sphinx, doctree: nodes.document) -> None:
-    """Leads links to the pages that they mean on the site, where the path is another one.
-
-    These are the README's, `docs/page.md`, in what a page includes, and links into `results`, whose
-    real place is outside of this folder.
-    """
+    """Resolves links into `results`, which `docs/results` leads to, as links to its pages here."""
     root = Path(app.srcdir).parent
     for link in doctree.findall(addnodes.pending_xref):
-        target = link["reftarget"]
-        if link.get("reftype") != "myst":
-            continue
-        if link["refdomain"] == "doc" and Path(target).is_relative_to(root):
-            link["reftarget"] = Path(target).relative_to(root).as_posix()
-        elif target.startswith("docs/"):
-            page, _, part = target.removeprefix("docs/").partition("#")
-            link["refdomain"], link["reftargetid"] = "doc", part or None
-            link["reftarget"] = page.removesuffix(".md")
+        target = Path(link["reftarget"])
+        if (link.get("reftype"), link["refdomain"]) == ("myst", "doc") and target.is_relative_to(
+            root
+        ):
+            link["reftarget"] = target.relative_to(root).as_posix()
+
+
+def _offer_notebook(app: Sphinx, doctree: nodes.document) -> None:
+    """Puts links to the notebook itself below the title of its page."""
+    path = Path(app.env.doc2path(app.env.docname))
+    if path.suffix != ".ipynb":
+        return
+    download = addnodes.download_reference(
+        "", "Download this notebook", reftarget=path.name, refdoc=app.env.docname
+    )
+    links = nodes.paragraph("", "", download)
+    if repository:
+        name = path.relative_to(Path(app.srcdir).parent).as_posix()
+        address = repository.replace("https://", "https://colab.research.google.com/")
+        address = f"{address}/blob/main/{name}"
+        links += [nodes.Text(" · "), nodes.reference("", "Open in Colab", refuri=address)]
+    title = next(doctree.findall(nodes.title))
+    title.parent.insert(1, links)
+
+
+def _link_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Makes each image a link to its file, where it is shown in full size."""
+    here = app.builder.get_target_uri(page)
+    for image in [*doctree.findall(nodes.image)]:
+        path = image["candidates"].get("*") or next(iter(image["candidates"].values()))
+        file = quote(app.env.images[path][1])
+        link = nodes.reference("", "", refuri=relative_uri(here, f"_images/{file}"))
+        width, _ = get_image_size(Path(app.srcdir) / path) or (0, 0)
+        link["classes"] += ["image", f"width-{width // 500}"]  # on a phone, wide ones are scrolled
+        image.replace_self(link)
+        link += image
 
 
 def setup(app: Sphinx) -> None:
+    # Before Sphinx collects the files that a page needs.
+    app.connect("doctree-read", _offer_notebook, priority=100)
     app.connect("doctree-read", _follow_links)
+    app.connect("doctree-resolved", _link_images)

@@ -15,7 +15,7 @@ class ModelSpec(NamedTuple):
 
     make: Callable[..., nnx.Module]  # of `num_classes`, `channels`, `dtype` and `rngs`
     label: str  # in titles, tables and figures
-    description: str  # what `train.py --list` says of it
+    description: str  # in `train.py --list`
     multiply_adds: float  # of a 32x32 image, in millions: the relative cost of a run
 
 

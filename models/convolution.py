@@ -1,4 +1,4 @@
-"""Convolutions in the form that XLA's CPU backend runs fastest; other devices run the plain one."""
+"""Convolutions in the form that XLA's CPU backend runs fastest; other devices use the plain one."""
 
 from functools import partial
 from typing import Any
@@ -9,17 +9,17 @@ from jax import lax
 
 
 def _materialized(x: jax.Array, witness: jax.Array) -> jax.Array:
-    """The same array, held in memory instead of computed anew by each of its readers.
+    """The same array, stored in memory instead of recomputed by each operation that reads it.
 
-    XLA's CPU backend fuses whatever led to an array, however long, into each operation that reads
-    it. The gradient of a kernel is a convolution whose two operands are read transposed, and each
-    of the two reads would repeat the normalisations, activations and additions since the last
-    convolutions. `lax.optimization_barrier` does not prevent it; a branch does, as nothing is fused
-    across it.
+    XLA's CPU backend fuses the whole computation of an array into each operation that reads it. The
+    gradient of a kernel is a convolution whose two operands are read transposed, and each of the
+    two reads would repeat the normalizations, activations and additions since the last
+    convolutions. `lax.optimization_barrier` does not prevent that; a branch does, as nothing is
+    fused across it.
     """
 
     def branch(x: jax.Array) -> jax.Array:
-        # True, which XLA cannot know as it might be NaN. Equal branches would be merged.
+        # True, but XLA cannot know: it might be NaN. Equal branches would be merged.
         first = witness.ravel()[0].astype(x.dtype)
         return lax.cond(first == first, lambda x: x, lambda x: x * first, x)
 
@@ -27,10 +27,10 @@ def _materialized(x: jax.Array, witness: jax.Array) -> jax.Array:
 
 
 def _conv_as_dot(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A convolution whose every output depends on every pixel, as one matrix product.
+    """A convolution in which every output depends on every pixel, as one matrix product.
 
-    XLA's CPU backend exchanges the operands of a convolution whose kernel is larger than the image,
-    and has only a loop, a hundred times slower, for what results.
+    XLA's CPU backend swaps the operands of a convolution whose kernel is larger than the image, and
+    computes the result by a loop that is a hundred times slower.
     """
     images, height, width, _ = x.shape
     rows, columns = range(0, height, stride), range(0, width, stride)
@@ -45,10 +45,10 @@ def _conv_as_dot(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _conv_in_pairs(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
-    """A convolution of stride 1 that computes two neighboring outputs as channels of one.
+    """A convolution of stride 1 that computes two adjacent outputs as the channels of one.
 
     XLA's CPU backend takes almost as long for 16 output channels as for 32. The kernel becomes one
-    pixel wider, of which each of the two outputs ignores one.
+    pixel wider, and each of the two outputs ignores one column of it.
     """
     left, right = (jnp.pad(kernel, ((0, 0), side, (0, 0), (0, 0))) for side in ((0, 1), (1, 0)))
     pairs = jnp.concatenate([left, right], axis=-1)
@@ -62,15 +62,15 @@ def conv_general_dilated(
     """`lax.conv_general_dilated` in the form that a CPU runs and differentiates fastest.
 
     Args:
-        x: Images of shape `(batch, height, width, in_features)`.
-        kernel: Array of shape `(size, size, in_features, out_features)`, where `size` is odd.
-        window_strides: The same number, twice.
-        padding: `size // 2` on every side.
-        **options: As for `lax.conv_general_dilated`, without dilation and groups.
+      x: images of shape `(batch, height, width, in_features)`.
+      kernel: array of shape `(size, size, in_features, out_features)`, where `size` is odd.
+      window_strides: the same number, twice.
+      padding: `size // 2` on every side.
+      **options: as for `lax.conv_general_dilated`, without dilation and groups.
 
     Returns:
-        Images of shape `(batch, height / stride, width / stride, out_features)`, rounded up. They
-        can be differentiated in reverse mode only.
+      Images of shape `(batch, height / stride, width / stride, out_features)`, rounded up. They
+      can be differentiated in reverse mode only.
     """
     stride, size = window_strides[0], kernel.shape[0]
     is_dot = max(x.shape[1:3]) <= size // 2 + 1

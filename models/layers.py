@@ -1,4 +1,4 @@
-"""What the two families share: a convolution with its batch normalisation."""
+"""The layer that ResNet and VGG share: a convolution followed by batch normalization."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from models.convolution import conv_general_dilated
 class BatchNorm(nnx.BatchNorm):
     """`nnx.BatchNorm` over the last axis, as one product and one sum per entry.
 
-    Differentiated in that form it keeps its input alone, and reads its gradient for two sums: that
-    of `g` and that of `g * x`.
+    Differentiated in this form it saves only its input, and takes two sums of its gradient: of `g`
+    and of `g * x`.
     """
 
     def __call__(
@@ -41,22 +41,22 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class ConvNorm(nnx.Module):
-    """A square convolution, then batch normalisation, as PyTorch aligns and configures them.
+    """A square convolution followed by batch normalization, with PyTorch's alignment and settings.
 
-    The padding is `size // 2` on every side; "SAME" would pad an even image on the far side only at
-    stride 2. Parameters are float32, and batch statistics are computed and kept in float32,
-    whatever `dtype` is. One difference from PyTorch is left: its running variance is unbiased,
+    The padding is `size // 2` on every side; at stride 2, "SAME" would pad an even image on the far
+    side only. Parameters are float32, and batch statistics are computed and stored in float32,
+    whatever `dtype` is. One difference from PyTorch remains: its running variance is unbiased,
     larger by `n / (n - 1)` for the n pixels of a batch.
 
     Args:
-        in_features: Number of channels read.
-        out_features: Number of channels written.
-        size: Height and width of the kernel.
-        stride: Distance between two outputs, in pixels.
-        use_bias: Whether the convolution has a bias.
-        kernel_init: Initializer of the kernel, of shape `(size, size, in_features, out_features)`.
-        dtype: Dtype of the convolution and of the result.
-        rngs: Source of the initial parameters.
+      in_features: number of channels read.
+      out_features: number of channels written.
+      size: height and width of the kernel.
+      stride: distance between two outputs, in pixels.
+      use_bias: whether the convolution has a bias.
+      kernel_init: initializer of the kernel, of shape `(size, size, in_features, out_features)`.
+      dtype: dtype of the convolution and of the result.
+      rngs: source of the initial parameters.
     """
 
     def __init__(

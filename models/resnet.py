@@ -65,42 +65,42 @@ class ResNet(nnx.Module):
     bias. Kernels, the classifier's included, start from a normal distribution of variance
     `2 / fan_in` (He et al. 2015, section 2.2).
 
-    Where a stage changes the shape, the shortcut of its first block is one of He et al.'s two:
+    Where a stage changes the shape, the shortcut of its first block is one of two from He et al.:
 
-    - `"identity"` (option A, theirs for CIFAR): every second pixel, with zeros for the new
+    - `"identity"` (option A, which they use for CIFAR): every second pixel, with zeros for the new
       channels, half of them on each side. It has no parameters.
-    - `"projection"` (option B): a 1x1 convolution of stride 2 and batch normalisation.
+    - `"projection"` (option B): a 1x1 convolution of stride 2 and batch normalization.
 
     Call it on images of shape `(batch, height, width, channels)`; the logits have shape
-    `(batch, num_classes)`. `model.train()` normalises by the batch and updates the running
-    statistics, `model.eval()` normalises by those. A new model is in training mode.
+    `(batch, num_classes)`. `model.train()` normalizes by the batch and updates the running
+    statistics, `model.eval()` normalizes by those. A new model is in training mode.
 
     Args:
-        blocks: Number of residual blocks per stage: n in the paper.
-        widths: Number of channels of each stage; they must not decrease.
-        num_classes: Number of logits.
-        channels: Number of channels of the images.
-        shortcut: `"identity"` or `"projection"`.
-        dtype: Dtype of the computation, such as `jnp.bfloat16`. Parameters, batch statistics, the
-            classifier and its logits are float32 in any case.
-        rngs: Source of the initial parameters.
+      blocks: number of residual blocks per stage: n in the paper.
+      widths: number of channels of each stage; they must not decrease.
+      num_classes: number of logits.
+      channels: number of channels of the images.
+      shortcut: `"identity"` or `"projection"`.
+      dtype: dtype of the computation, such as `jnp.bfloat16`. Parameters, batch statistics, the
+        classifier and its logits are always float32.
+      rngs: source of the initial parameters.
 
     Raises:
-        ValueError: If `shortcut` is neither of the two.
+      ValueError: if `shortcut` is neither of the two.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from models import resnet8
-        >>> model = resnet8(widths=(8, 8), num_classes=10, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 16, 16, 3))).shape
-        (2, 10)
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from models import resnet8
+      >>> model = resnet8(widths=(8, 8), num_classes=10, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 16, 16, 3))).shape
+      (2, 10)
 
     References:
-        He et al., `Deep Residual Learning for Image Recognition
-        <https://arxiv.org/abs/1512.03385>`_, 2016, section 4.2
+      He et al., `Deep Residual Learning for Image Recognition
+      <https://arxiv.org/abs/1512.03385>`_, 2016, section 4.2
 
-        He et al., `Delving Deep into Rectifiers <https://arxiv.org/abs/1502.01852>`_, 2015
+      He et al., `Delving Deep into Rectifiers <https://arxiv.org/abs/1502.01852>`_, 2015
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""VGG with batch normalisation, for CIFAR: Simonyan and Zisserman 2015, Table 1."""
+"""VGG with batch normalization, for CIFAR: Simonyan and Zisserman 2015, Table 1."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,41 +18,41 @@ kaiming_fan_out = variance_scaling(2.0, "fan_out", "normal")
 class VGG(nnx.Module):
     """A plain convolutional network: stages of 3x3 convolutions with a max-pool between them.
 
-    Every convolution has a bias and is followed by batch normalisation. After the last stage come
+    Every convolution has a bias and is followed by batch normalization. After the last stage come
     the mean over all pixels and one linear classifier, in place of the paper's last max-pool and
     three linear layers. There is no dropout. Kernels start from a normal distribution of variance
     `2 / fan_out` (He et al. 2015, section 2.2), the classifier from one of standard deviation 0.01,
     biases from zero.
 
     Call it on images of shape `(batch, height, width, channels)`; the logits have shape
-    `(batch, num_classes)`. `model.train()` normalises by the batch and updates the running
-    statistics, `model.eval()` normalises by those. A new model is in training mode.
+    `(batch, num_classes)`. `model.train()` normalizes by the batch and updates the running
+    statistics, `model.eval()` normalizes by those. A new model is in training mode.
 
     Args:
-        stages: Number of channels of every convolution, stage by stage.
-        num_classes: Number of logits.
-        channels: Number of channels of the images.
-        dtype: Dtype of the computation, such as `jnp.bfloat16`. Parameters, batch statistics, the
-            classifier and its logits are float32 in any case.
-        rngs: Source of the initial parameters.
+      stages: number of channels of every convolution, stage by stage.
+      num_classes: number of logits.
+      channels: number of channels of the images.
+      dtype: dtype of the computation, such as `jnp.bfloat16`. Parameters, batch statistics, the
+        classifier and its logits are always float32.
+      rngs: source of the initial parameters.
 
     Raises:
-        ValueError: When called on images of which the max-pools would leave nothing: height and
-            width must be at least `2 ** (len(stages) - 1)`, 16 for `vgg16_bn`.
+      ValueError: when called on images that are too small for the max-pools: height and width
+        must be at least `2 ** (len(stages) - 1)`, 16 for `vgg16_bn`.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from models import vgg_tiny
-        >>> model = vgg_tiny(num_classes=10, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 16, 16, 3))).shape
-        (2, 10)
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from models import vgg_tiny
+      >>> model = vgg_tiny(num_classes=10, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 16, 16, 3))).shape
+      (2, 10)
 
     References:
-        Simonyan and Zisserman, `Very Deep Convolutional Networks for Large-Scale Image Recognition
-        <https://arxiv.org/abs/1409.1556>`_, 2015, Table 1
+      Simonyan and Zisserman, `Very Deep Convolutional Networks for Large-Scale Image Recognition
+      <https://arxiv.org/abs/1409.1556>`_, 2015, Table 1
 
-        He et al., `Delving Deep into Rectifiers <https://arxiv.org/abs/1502.01852>`_, 2015
+      He et al., `Delving Deep into Rectifiers <https://arxiv.org/abs/1502.01852>`_, 2015
     """
 
     def __init__(

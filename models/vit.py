@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 class Attention(nnx.Module):
     """Multi-head self-attention, whose kernels are matrices and whose biases are vectors.
 
-    `nnx.MultiHeadAttention` splits both by heads, and its biases, of two axes, would pass for
-    weights.
+    `nnx.MultiHeadAttention` splits both by heads, and its biases, which have two axes, would count
+    as weights.
     """
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -30,7 +30,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then two linear layers, each on normalised input and added to it."""
+    """Attention, then two linear layers, both with LayerNorm first and a residual connection."""
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = partial(nnx.Linear, kernel_init=xavier_uniform(), dtype=dtype, rngs=rngs)
@@ -57,33 +57,33 @@ class ViT(nnx.Module):
     `(batch, num_classes)`.
 
     Args:
-        width: Number of features of a token, a multiple of `heads` and of 4.
-        depth: Number of blocks.
-        heads: Number of attention heads.
-        patch: Height and width of a patch, in pixels.
-        num_classes: Number of logits.
-        channels: Number of channels of the images.
-        dtype: Dtype of the computation, such as `jnp.bfloat16`. Parameters, the classifier and its
-            logits are float32 in any case.
-        rngs: Source of the initial parameters.
+      width: number of features of a token, a multiple of `heads` and of 4.
+      depth: number of blocks.
+      heads: number of attention heads.
+      patch: height and width of a patch, in pixels.
+      num_classes: number of logits.
+      channels: number of channels of the images.
+      dtype: dtype of the computation, such as `jnp.bfloat16`. Parameters, the classifier and its
+        logits are always float32.
+      rngs: source of the initial parameters.
 
     Raises:
-        ValueError: When called on images whose height or width is not a multiple of `patch`.
+      ValueError: when called on images whose height or width is not a multiple of `patch`.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from models import vit_tiny
-        >>> model = vit_tiny(num_classes=10, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((2, 16, 16, 3))).shape
-        (2, 10)
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from models import vit_tiny
+      >>> model = vit_tiny(num_classes=10, rngs=nnx.Rngs(0))
+      >>> model(jnp.ones((2, 16, 16, 3))).shape
+      (2, 10)
 
     References:
-        Dosovitskiy et al., `An Image is Worth 16x16 Words
-        <https://arxiv.org/abs/2010.11929>`_, 2021
+      Dosovitskiy et al., `An Image is Worth 16x16 Words
+      <https://arxiv.org/abs/2010.11929>`_, 2021
 
-        Beyer et al., `Better plain ViT baselines for ImageNet-1k
-        <https://arxiv.org/abs/2205.01580>`_, 2022
+      Beyer et al., `Better plain ViT baselines for ImageNet-1k
+      <https://arxiv.org/abs/2205.01580>`_, 2022
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """`python -m optax_autoscale` shows versions, devices and a self-check.
 
-The self-check compares the library, on this machine's devices, with the paper's equations in
-Python's own arithmetic. The exit code is 1 where anything differs.
+The self-check compares the library, on this machine's devices, with the paper's equations in plain
+Python. The exit code is 1 if anything differs.
 """
 
 import math
@@ -47,7 +47,7 @@ def checks() -> Iterator[tuple[str, bool]]:
     yield "scale factor of the first step", close(state.scale_factor, ratio**2)
     yield "exponent of later steps", int(state.exponent) == 1
     yield "weights: centered and scaled", close(first["kernel"], ratio**2 * centered)
-    yield "biases: left alone", bool(jnp.array_equal(first["bias"], grads["bias"]))
+    yield "biases: unchanged", bool(jnp.array_equal(first["bias"], grads["bias"]))
 
     update = jax.jit(autoscale().update)
     second, _ = update(grads, state)

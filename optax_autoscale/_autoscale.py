@@ -18,11 +18,11 @@ from optax_autoscale._moments import (
 
 
 class AutoscaleState(NamedTuple):
-    """What :func:`autoscale` remembers, and what it measured at its latest step.
+    """The state of :func:`autoscale`: its exponent, and the measurements of its latest step.
 
-    Only ``exponent`` acts on later steps. The other two are for looking at, with
-    ``optax.tree.get(opt_state, "scale_factor")``; after a step whose gradients hold a NaN they are
-    NaN, and right again after the next.
+    Only ``exponent`` affects later steps. The other two are diagnostics, to be read with
+    ``optax.tree.get(opt_state, "scale_factor")``; after a step whose gradients contain a NaN they
+    are NaN, and valid again after the next step.
     """
 
     exponent: jax.Array  # p_t of later steps: 1 or 2, 0 while undecided; shape=(), dtype=int32
@@ -52,54 +52,53 @@ def autoscale(
       \hat G_t^{(l)} = G_t^{(l)} \quad \text{for } l \notin S_t.
 
     Here ``eps`` is :math:`\epsilon`; the state's ``global_std``, ``scale_factor`` and ``exponent``
-    are :math:`s_t`, :math:`a_t` and the :math:`p_t` of the steps to come. The standard deviation is
-    unbiased (N - 1) and of the raw gradients, before centering.
+    are :math:`s_t`, :math:`a_t` and the :math:`p_t` of later steps. The standard deviation is
+    unbiased (N - 1) and computed from the raw gradients, before centering.
 
-    Put it in front of the optimizer: ``optax.chain(autoscale(), optax.adamw(1e-3))``.
+    Put it before the optimizer: ``optax.chain(autoscale(), optax.adamw(1e-3))``.
 
     Four things follow from the equations. :math:`a_t` has a singularity at :math:`s_t = 1` and
     exceeds 1 for :math:`e^{-4} < s_t < e^4`; ``max_scale=1.0`` keeps it in the range
-    :math:`(0, 1]` that the paper's convergence proof supposes. Before Adam, which divides any
-    constant factor out, only the centering and the change of :math:`a_t` over time act. Under plain
-    SGD the mean of every eligible leaf never moves, since its gradient is centered. And where all
-    gradients are 0, :math:`s_t = 0` gives :math:`a_t = 0`: updates of 0, and no NaN.
+    :math:`(0, 1]` that the paper's convergence proof assumes. Before Adam, which cancels any
+    constant factor, only the centering and the change of :math:`a_t` over time have an effect.
+    Under plain SGD the mean of every eligible leaf never changes, since its gradient is centered.
+    And where all gradients are 0, :math:`s_t = 0` gives :math:`a_t = 0`: updates of 0, not NaN.
 
-    Leave out embedding tables of which a batch uses some rows only: the other rows, whose gradient
+    Leave out embedding tables of which a batch uses only some rows: the other rows, whose gradient
     is 0, would get minus the layer's mean, which Adam turns into full steps, all of one sign.
-    ``autoscale(layer_axes=exclude("embedding"))`` does, with the name that the tables have in your
-    parameters; ``layer_std(params, layer_axes=rule)`` shows what a rule takes for layers.
+    ``autoscale(layer_axes=exclude("embedding"))`` does so, with the name of the tables in your
+    parameters; ``layer_std(params, layer_axes=rule)`` shows which parameters a rule selects.
 
-    A step whose :math:`s_t` is 0 or not finite says nothing about :math:`p`, and leaves it
-    undecided. NaN and infinite gradients come out as NaN; ``optax.apply_if_finite`` around the
-    chain skips such a step.
+    A step whose :math:`s_t` is 0 or not finite leaves :math:`p` undecided. NaN and infinite
+    gradients give NaN updates; ``optax.apply_if_finite`` around the chain skips such a step.
 
     Args:
       eps: added to the logarithm's magnitude; the paper's is 1e-8. It may be traced.
-      max_scale: the largest value that :math:`a_t` may take, or None, the paper's equation as it
-        stands. It may be traced.
-      layer_axes: ``layer_axes(path, leaf)`` gives the axes of a gradient leaf that form one layer's
-        tensor, or None where the leaf is not eligible. By default (None) it is
+      max_scale: an upper bound on :math:`a_t`, or None for the paper's equation as printed. It may
+        be traced.
+      layer_axes: ``layer_axes(path, leaf)`` returns the axes of a gradient leaf that form one
+        layer's tensor, or None if the leaf is not eligible. By default (None) it is
         :func:`default_layer_axes`: all axes where there is more than one. :func:`exclude` makes a
         rule that leaves parameters out by name. Where kernels of shape ``(L, n, m)`` stack the
-        layers that ``jax.lax.scan`` goes through, give ``(1, 2)`` for them, and None for their
+        layers that ``jax.lax.scan`` iterates over, return ``(1, 2)`` for them, and None for their
         stacked biases ``(L, m)``.
       axis_name: inside ``jax.shard_map``, the mesh axes over which the leaves themselves are
-        sharded, each layer's tensor over all its shards; without it each shard would take its own
-        part for the whole. Not needed under ``jax.jit``, where arrays are global, nor for axes over
+        sharded, each layer's tensor over all its shards; without it each device would treat its
+        shard as the whole. Not needed under ``jax.jit``, where arrays are global, nor for axes over
         which only the batch is sharded. With ``check_vma=True`` (the default), leaves that are
-        replicated over some of these axes count once; with ``check_vma=False`` all are taken to be
-        sharded over all of them.
+        replicated over some of these axes count once; with ``check_vma=False`` all are assumed to
+        be sharded over all of them.
 
     Returns:
       A transformation whose updates have the gradients' shapes and dtypes and whose state is an
-      :class:`AutoscaleState`. Statistics are computed in float32, or float64 where a leaf is. In
-      float32 the standard deviation is exact to about ``5e-6 * (1 + (mean / std) ** 2)``, entries
-      below about 1e-19 count as 0, and a sum of squares above 3e38 reads infinity.
+      :class:`AutoscaleState`. Statistics are computed in float32, or float64 if a leaf is. In
+      float32 the standard deviation is accurate to about ``5e-6 * (1 + (mean / std) ** 2)``,
+      entries below about 1e-19 count as 0, and a sum of squares above 3e38 is infinite.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+      TypeError: in an update with an integer or boolean leaf; the message names its path. If
         ``layer_axes`` is not a function.
-      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
+      ValueError: in an update where ``layer_axes`` returns anything but axes of a leaf, or None.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -149,7 +148,7 @@ def scale_by_global_std(
     .. math:: \hat G_t^{(l)} = a_t \, G_t^{(l)} \quad \text{for } l \in S_t
 
     ``optax.chain(scale_by_global_std(), center_layers())`` is :func:`autoscale` up to rounding. The
-    other order is another method: there s_t would be of the centered gradients.
+    other order is another method, whose s_t would be that of the centered gradients.
 
     Args:
       eps: see :func:`autoscale`.
@@ -162,9 +161,9 @@ def scale_by_global_std(
       :class:`AutoscaleState`.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+      TypeError: in an update with an integer or boolean leaf; the message names its path. If
         ``layer_axes`` is not a function.
-      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
+      ValueError: in an update where ``layer_axes`` returns anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,7 +203,7 @@ def center_layers(
 
     .. math:: \tilde G_t^{(l)} = G_t^{(l)} - \mu_t^{(l)} \quad \text{for } l \in S_t
 
-    Under plain SGD the mean of every eligible leaf then never moves. For one mean per output
+    Under plain SGD the mean of every eligible leaf then never changes. For one mean per output
     feature, see :func:`gradient_centralization`.
 
     Args:
@@ -212,12 +211,12 @@ def center_layers(
       axis_name: see :func:`autoscale`.
 
     Returns:
-      A transformation without state whose updates have the gradients' shapes and dtypes.
+      A stateless transformation whose updates have the gradients' shapes and dtypes.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+      TypeError: in an update with an integer or boolean leaf; the message names its path. If
         ``layer_axes`` is not a function.
-      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
+      ValueError: in an update where ``layer_axes`` returns anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp

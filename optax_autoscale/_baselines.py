@@ -28,14 +28,14 @@ def gradient_centralization() -> optax.GradientTransformation:
 
     where :math:`j` is the last axis, the output features of Flax, Haiku and Keras kernels
     ``(..., in, out)``, and the mean is over all other axes. Leaves with fewer than two axes pass
-    through. ``optax.centralize`` keeps the first axis instead, and so, on these kernels, centers
-    each row of the filter window.
+    through. ``optax.centralize`` keeps the first axis instead, and so centers each row of the
+    filter window on these kernels.
 
     Returns:
-      A transformation without state whose updates have the gradients' shapes and dtypes.
+      A stateless transformation whose updates have the gradients' shapes and dtypes.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path.
+      TypeError: in an update with an integer or boolean leaf; the message names its path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,9 +66,9 @@ def gradient_normalization(
 
     .. math:: \hat g = \alpha \, \frac{g}{\lVert g \rVert}
 
-    with the norm over all leaves, biases included; gradients that are all 0 stay 0. This is the
-    rule that appendix A of the paper quotes for GradNorm. GradNorm itself balances several tasks'
-    losses against each other; with the single task of image classification it is the identity.
+    where the norm is over all leaves, including biases; gradients that are all 0 stay 0. This is
+    the rule that appendix A of the paper quotes for GradNorm. GradNorm itself balances the losses
+    of several tasks; with the single task of image classification it is the identity.
 
     Args:
       alpha: the norm of the updates. It may be traced.
@@ -76,10 +76,10 @@ def gradient_normalization(
         sharded; see :func:`autoscale`.
 
     Returns:
-      A transformation without state whose updates have the gradients' shapes and dtypes.
+      A stateless transformation whose updates have the gradients' shapes and dtypes.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path.
+      TypeError: in an update with an integer or boolean leaf; the message names its path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,7 +115,7 @@ def zscore_normalization(
     layer_axes: LayerAxes | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformation:
-    r"""Z-Score Gradient Normalization (ZNorm): each layer's gradient to mean 0 and deviation 1.
+    r"""Z-Score Gradient Normalization (ZNorm): normalizes each layer to mean 0 and deviation 1.
 
     .. math::
 
@@ -124,9 +124,10 @@ def zscore_normalization(
 
     with the unbiased standard deviation of the layer's entries. Ineligible leaves pass through.
 
-    The deviation is that of the centered layer: a second pass, and a second all-reduce where leaves
-    are sharded. In one pass, :math:`\overline{G^2} - \mu^2` cancels where the mean is large beside
-    the deviation, and what rounding leaves of it is divided by :math:`\epsilon`.
+    The deviation is computed from the centered layer, in a second pass, which takes a second
+    all-reduce where leaves are sharded. In one pass, :math:`\overline{G^2} - \mu^2` cancels where
+    the mean is far larger than the deviation, and the rounding error is divided by
+    :math:`\epsilon`.
 
     Args:
       eps: added to the standard deviation. It may be traced.
@@ -134,16 +135,16 @@ def zscore_normalization(
       axis_name: see :func:`autoscale`.
 
     Returns:
-      A transformation without state whose updates have the gradients' shapes and dtypes. Up to
-      :math:`|\mu| / \sigma = 10^5`, float32 updates are exact to 1e-6 of the layer's largest. None
-      of the :math:`n` updates of a layer exceeds :math:`(n - 1) / \sqrt n`, up to rounding. Layers
-      whose entries are equal, or differ by less than the rounding of their mean, become 0, as do
-      those with a deviation below about 1e-19.
+      A stateless transformation whose updates have the gradients' shapes and dtypes. Up to
+      :math:`|\mu| / \sigma = 10^5`, float32 updates are accurate to 1e-6 of the layer's largest.
+      None of the :math:`n` updates of a layer exceeds :math:`(n - 1) / \sqrt n`, up to rounding.
+      Layers whose entries are equal, or differ by less than the rounding of their mean, become 0,
+      as do those with a deviation below about 1e-19.
 
     Raises:
-      TypeError: at an update with an integer or boolean leaf; the message names its path. If
+      TypeError: in an update with an integer or boolean leaf; the message names its path. If
         ``layer_axes`` is not a function.
-      ValueError: at an update where ``layer_axes`` gives anything but axes of a leaf, or None.
+      ValueError: in an update where ``layer_axes`` returns anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,9 +166,9 @@ def zscore_normalization(
         means, moments = centered_moments(updates, rule, axis_name)
 
         def standardize(grad: jax.Array, layer: Moments, mean: jax.Array) -> jax.Array:
-            # The mean was rounded, and all entries of the centered layer are off by the same small
+            # The mean was rounded, so all entries of the centered layer are off by the same small
             # amount: its own mean. Where there is nothing else, as in a layer of equal entries, the
-            # difference of sums that the deviation is read off is noise.
+            # difference of sums from which the deviation is computed is noise.
             deviation = grad - mean - layer.mean
             squares = jnp.square(layer.std) * float(max(layer.size - 1, 1))
             constant = squares <= 1e-3 * layer.squares

@@ -1,4 +1,4 @@
-"""What a transformation does to the steps: its update beside that of a reference optimizer."""
+"""What a transformation does to the steps: its update compared with a reference optimizer's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from optax_autoscale._moments import AxisName, sum_over_mesh, wide_dtype
 
 
 class EffectSums(NamedTuple):
-    r"""The sums that :func:`measure_effect` keeps, and what is read from them.
+    r"""The sums that :func:`measure_effect` keeps, and the numbers derived from them.
 
-    With :math:`u` the update, :math:`r` the reference's and :math:`w` the parameters. Sums add up
-    over leaves, steps and hosts, and ratios do not: add first, then read. A window of steps is
-    ``optax.tree.add(sums, more_sums)``, or :meth:`sum` of sums that ``jax.lax.scan`` has stacked.
+    Let :math:`u` be the update, :math:`r` the reference's and :math:`w` the parameters. Sums add up
+    over leaves, steps and hosts, and ratios do not: add first, then derive. For a window of steps
+    use ``optax.tree.add(sums, more_sums)``, or :meth:`sum` of sums that ``jax.lax.scan`` stacked.
 
-    Every number below has the shape of the sums and is finite where they are. Where a norm is 0, it
-    is what keeps the update equal to ``learning_rate_factor`` times the reference's, plus a rest
-    with the share ``unexplained`` of its square.
+    Every number below has the shape of the sums and is finite where they are. Where a norm is 0,
+    its value is such that the update still equals ``learning_rate_factor`` times the reference's,
+    plus a remainder with the share ``unexplained`` of its square.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,7 +39,7 @@ class EffectSums(NamedTuple):
 
     @property
     def norm_ratio(self) -> jax.Array:
-        """``|u| / |r|``; 1 where both are 0, since then the steps are the same, 0 where one is."""
+        """``|u| / |r|``; 1 where both are 0, since the steps are then equal, 0 where one is."""
         update, reference = jnp.sqrt(self.update_squares), jnp.sqrt(self.reference_squares)
         both_zero = (update == 0) & (reference == 0)
         return jnp.where(both_zero, 1, _divide(update, reference))
@@ -64,9 +64,9 @@ class EffectSums(NamedTuple):
 
     @property
     def learning_rate_factor(self) -> jax.Array:
-        """``Re<u, r> / |r|^2``, the factor on the reference's learning rate that explains the rest.
+        """``Re<u, r> / |r|^2``, the factor on the reference's learning rate that comes closest.
 
-        It is ``norm_ratio * cosine``, and leaves the least ``|u - factor * r|``.
+        It is ``norm_ratio * cosine``, and minimizes ``|u - factor * r|``.
         """
         return self.norm_ratio * self.cosine
 
@@ -94,14 +94,14 @@ class EffectSums(NamedTuple):
 class EffectState(NamedTuple):
     """The state of :func:`measure_effect`: its latest step, and the states of both sides.
 
-    ``optax.tree.get(opt_state, "norm_ratio")`` finds the first three fields. Before the first step
-    they are as if neither side had moved.
+    ``optax.tree.get`` finds the first three fields, as in ``optax.tree.get(state, "norm_ratio")``.
+    Before the first step they are those of two updates of 0.
     """
 
     norm_ratio: jax.Array  # |u| / |r| over all leaves; shape=(), dtype=float32
     cosine: jax.Array  # Re<u, r> / (|u| |r|) over all leaves; shape=(), dtype=float32
-    effect_sums: EffectSums  # what both are read from
-    tx_state: Any  # of `tx`, as it would be alone
+    effect_sums: EffectSums  # from which both are derived
+    tx_state: Any  # of `tx`, the same as without the measurement
     reference_state: tuple[Any, ...]  # of `reference`, without the names of its fields
 
 
@@ -112,7 +112,7 @@ def measure_effect(
     per_leaf: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs ``reference`` beside ``tx`` on the same gradients, and says how the two steps differ.
+    r"""Runs ``reference`` beside ``tx`` on the same gradients, and measures how their steps differ.
 
     With :math:`u` the update of ``tx`` and :math:`r` that of ``reference``, over all floating-point
     and complex leaves together:
@@ -123,52 +123,52 @@ def measure_effect(
       \text{cosine} = \frac{\mathrm{Re} \langle u, r \rangle}
         {\lVert u \rVert \, \lVert r \rVert}
 
-    The updates are those of ``tx``: to the bit on a CPU, elsewhere up to the rounding of operations
-    that the compiler fuses in another way. The state holds both numbers for the latest step,
-    ``optax.tree.get(state, "norm_ratio")`` and ``"cosine"``, and the sums that they come from,
-    ``"effect_sums"``: see :class:`EffectSums` for the learning rate that explains a part of the
-    difference, for one leaf, and for many steps.
+    The updates are those of ``tx``: bitwise on a CPU, elsewhere up to the rounding of operations
+    that the compiler fuses differently. The state holds both numbers for the latest step,
+    ``optax.tree.get(state, "norm_ratio")`` and ``"cosine"``, and the sums behind them,
+    ``"effect_sums"``: see :class:`EffectSums` for single leaves, for many steps, and for the
+    learning rate that explains a part of the difference.
 
-    What is measured are effects per step, on *your* trajectory: at each step both sides get the
-    gradients, parameters and extra arguments that ``tx`` has led to, and ``reference`` has moments
-    of these gradients. It is not what another run would have done, which would have gone elsewhere.
+    These are effects per step, on *your* trajectory: at each step both sides get the gradients,
+    parameters and extra arguments that ``tx`` has led to, and ``reference`` has moments of these
+    gradients. A separate run of ``reference`` would have taken another path.
 
-    Weight decay on both sides hides the effect, as it is the same on both. With weights that are
-    orthogonal to Adam's direction and three times as long, a true factor of 0.5 on that direction
-    reads 0.56 with a decay of 0.1, and 0.96 with a decay of 1. Compare without it.
+    Weight decay on both sides hides the effect, because it is the same on both. With weights that
+    are orthogonal to Adam's direction and three times as long, a true factor of 0.5 on that
+    direction is measured as 0.56 with a decay of 0.1, and as 0.96 with a decay of 1. Compare
+    without it.
 
-    ``optax.tree.get(state, "mu")``, ``"learning_rate"`` or ``"scale_factor"`` find those of ``tx``
-    alone, although ``reference`` has fields of the same names: its state is kept as a plain tuple.
+    ``optax.tree.get(state, "mu")``, ``"learning_rate"`` or ``"scale_factor"`` find only those of
+    ``tx``, although ``reference`` has fields of the same names: its state is kept as a plain tuple.
     For the same reason a hyperparameter of ``optax.inject_hyperparams`` that is set from outside
-    reaches ``tx`` and not ``reference``. Give schedules to both.
+    reaches ``tx`` but not ``reference``. Give schedules to both.
 
     Where both updates are 0, as in the first step of a warm-up, between the steps of
-    ``optax.MultiSteps`` and for gradients of 0, both numbers are 1, as the steps are the same.
-    Where only :math:`u` is 0, they are 0 and 1: it is 0 times the reference's, and a constant
-    factor has a cosine of 1. Where only :math:`r` is 0, they are 0 and 0: no factor leads to
-    :math:`u`, and infinity could be neither plotted nor averaged. NaN and infinite updates show in
-    both for that step, and not later.
+    ``optax.MultiSteps`` and for gradients of 0, both numbers are 1, as the steps are equal. Where
+    only :math:`u` is 0, they are 0 and 1: it is 0 times the reference's, and a constant factor has
+    a cosine of 1. Where only :math:`r` is 0, they are 0 and 0: no factor gives :math:`u`, and
+    infinity could be neither plotted nor averaged. NaN and infinite updates affect both numbers of
+    that step only.
 
     Args:
       tx: the transformation that trains, with all its parts, such as
         ``optax.chain(autoscale(), optax.adamw(1e-3))``.
-      reference: what to compare it with, such as ``optax.adamw(1e-3)``. It costs a state and an
-        update of its own.
+      reference: what to compare it with, such as ``optax.adamw(1e-3)``, at the cost of a second
+        state and update.
       per_leaf: keep the sums of each leaf, in arrays of shape ``(leaves,)`` that
-        ``effect_sums.by_leaf(params)`` makes a tree of.
+        ``effect_sums.by_leaf(params)`` turns into a tree.
       axis_name: inside ``jax.shard_map``, the mesh axes over which the leaves themselves are
-        sharded; see :func:`autoscale`. It is for the sums alone: ``tx`` and ``reference`` have
+        sharded; see :func:`autoscale`. It applies only to the sums: ``tx`` and ``reference`` take
         their own.
 
     Returns:
       A transformation whose state is an :class:`EffectState`. Sums are computed in float32, or
-      float64 where a leaf of the parameters is: in float32, entries below about 1e-19 count as 0,
-      and a sum of squares above 3e38 reads infinity. Integer and None leaves count as 0, and so do
-      the weights where ``update`` gets no ``params``. On a sharded tree the sums take one
-      all-reduce.
+      float64 if a leaf of the parameters is: in float32, entries below about 1e-19 count as 0, and
+      a sum of squares above 3e38 is infinite. Integer and None leaves count as 0, and so do the
+      weights if ``update`` gets no ``params``. On a sharded tree the sums take one all-reduce.
 
     Raises:
-      ValueError: at an update, where the two sides give trees of different structure.
+      ValueError: in an update where the two sides return trees of different structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -250,7 +250,7 @@ def _leaf_sums(
     dtype = _widest(scalars)
     empty = jnp.zeros([0], dtype)
     stacked = jnp.stack([scalar.astype(dtype) for scalar in scalars]) if scalars else empty
-    # The barrier is for the time to compile, as it is in pooled_moments.
+    # The barrier reduces the compile time, as in pooled_moments.
     return EffectSums(*jax.lax.optimization_barrier(stacked).reshape(-1, 4).T)
 
 
@@ -262,10 +262,10 @@ def _product(left: Any, right: Any) -> jax.Array:
 
 
 def _drop_names(state: Any, params: optax.Params) -> tuple[Any, ...]:
-    """The parts of a state in a tuple, trees like ``params`` whole and all else leaf by leaf.
+    """The parts of a state as a tuple: trees like ``params`` as they are, all else leaf by leaf.
 
     Neither ``optax.tree.get`` nor ``optax.tree.set`` then finds a field of it. Trees like the
-    parameters stay what they are for whoever shards them, boxes them or maps over them with
+    parameters are kept for code that shards them, boxes them or maps over them with
     ``optax.tree.map_params``.
     """
     return tuple(jax.tree.leaves(state, is_leaf=_is_like(params)))
@@ -274,14 +274,14 @@ def _drop_names(state: Any, params: optax.Params) -> tuple[Any, ...]:
 def _restore_names(
     parts: tuple[Any, ...], reference: optax.GradientTransformation, params: optax.Params
 ) -> Any:
-    # Only the reference knows its state's structure: a checkpoint has none, and at init there may
-    # have been boxes or variables around the arrays that are here now.
+    # Only the reference knows its state's structure: a checkpoint has none, and at init the arrays
+    # may have been in boxes or variables.
     state = jax.eval_shape(reference.init, params)
     return jax.tree.structure(state, is_leaf=_is_like(params)).unflatten(parts)
 
 
 def _is_like(tree: Any) -> Callable[[Any], bool]:
-    """Whether a node has the structure of ``tree``, up to leaves that it leaves out."""
+    """Whether a node has the structure of ``tree``, up to masked leaves."""
 
     def structure(node: Any) -> Any:
         return jax.tree.structure(
@@ -301,7 +301,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _widest(leaves: list[Any]) -> Any:
-    """The dtype of the sums over all leaves: float64 where one has it, else float32."""
+    """The dtype of the sums over all leaves: float64 if a leaf has it, else float32."""
     wide = any(jnp.finfo(jnp.result_type(leaf)).bits > 32 for leaf in leaves)
     return jnp.float64 if wide else jnp.float32
 

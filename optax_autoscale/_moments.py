@@ -1,8 +1,8 @@
-"""Sums over layers and over the whole tree, from which every mean and standard deviation is read.
+"""Sums over layers and over the whole tree, from which means and standard deviations are computed.
 
-Each leaf gives one sum and one sum of squares per layer. Nothing is concatenated or raveled, and no
-second pass waits for the first (but for `centered_moments`), so that XLA merges the reductions of a
-sharded tree into one all-reduce.
+Each leaf contributes one sum and one sum of squares per layer. Nothing is concatenated or raveled,
+and (except in `centered_moments`) no second pass depends on the first, so that XLA merges the
+reductions of a sharded tree into one all-reduce.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-KeyPath = tuple[Any, ...]  # jax.tree_util.KeyPath; its entries have no type that checkers know
+KeyPath = tuple[Any, ...]  # jax.tree_util.KeyPath, whose entries type checkers do not know
 LayerAxes = Callable[[KeyPath, Any], Sequence[int] | None]
 AxisName = str | Sequence[str] | None
 
@@ -23,7 +23,7 @@ def default_layer_axes(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
     """The paper's eligible set (section 3.2): every leaf with more than one axis is one layer.
 
     Args:
-      path: the leaf's key path; not looked at.
+      path: the leaf's key path; not used.
       leaf: an array of any shape.
 
     Returns:
@@ -41,26 +41,26 @@ def default_layer_axes(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
 
 
 def exclude(*names: str) -> Callable[[KeyPath, Any], tuple[int, ...] | None]:
-    """A rule for ``layer_axes``: the default one, without the parameters of these names.
+    """A rule for ``layer_axes``: the default, without the parameters of these names.
 
     A leaf is left out if one of the names is a whole part of its path, at any depth: the key of a
     dictionary or the name of an attribute, ``"embedding"`` but not ``"embed"`` in
     ``decoder/embedding/kernel``. A name may consist of several parts, as in
-    ``exclude("decoder/embedding")``. Haiku's slashes separate parts too, and the ``.value`` in
-    which Flax's boxes and variables end is not one of them.
+    ``exclude("decoder/embedding")``. Slashes in Haiku's names separate parts too, and the
+    ``.value`` that ends the paths of Flax's boxes and variables is ignored.
 
-    A name that no path has excludes nothing: ``layer_std(params, layer_axes=exclude(...))`` shows
-    None for everything that is left out.
+    A name that occurs in no path excludes nothing: ``layer_std(params, layer_axes=exclude(...))``
+    shows None for everything that is left out.
 
     Args:
       *names: one or more names, such as ``"embedding"`` for Flax's embedding tables.
 
     Returns:
-      A function of a leaf's path and the leaf. It gives all axes of the leaf, or None where it has
-      fewer than two or its path has one of the names.
+      A function of a leaf's path and the leaf. It returns all axes of the leaf, or None if it has
+      fewer than two or its path contains one of the names.
 
     Raises:
-      TypeError: without a name, or with one that is not a string or is empty.
+      TypeError: if there is no name, or one is empty or not a string.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,7 +83,7 @@ def exclude(*names: str) -> Callable[[KeyPath, Any], tuple[int, ...] | None]:
 
 
 def checked_layer_axes(layer_axes: LayerAxes | None) -> LayerAxes:
-    """The rule that a user gave, or the default one for None; what it returns is checked."""
+    """The user's rule, or the default for None, with its return values checked."""
     if layer_axes is None:
         return default_layer_axes
     if not callable(layer_axes):
@@ -147,9 +147,9 @@ class Moments(NamedTuple):
 def tree_moments(
     tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None, means: Any = None
 ) -> Any:
-    """The tree with each eligible leaf replaced by its ``Moments``, and every other one by None.
+    """The tree with each eligible leaf replaced by its ``Moments``, and every other leaf by None.
 
-    They are those of the leaves minus ``means``, if given.
+    If ``means`` is given, they are the moments of the leaves minus these.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     means = [None] * len(flat) if means is None else treedef.flatten_up_to(means)
@@ -172,19 +172,19 @@ def tree_moments(
 def centered_moments(
     tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None
 ) -> tuple[Any, Any]:
-    """The mean of each layer, and in a second pass the moments of what is left without it.
+    """The mean of each layer, and in a second pass the moments of the centered layers.
 
-    A single pass loses the deviation where the mean is large beside it. The mean is rounded, so
-    that the centered layers have a small mean too.
+    A single pass loses the deviation where the mean is far larger. The mean is rounded, so that the
+    centered layers have a small mean too.
     """
     means = jax.tree.map(
         lambda layer: layer.mean,
         tree_moments(tree, layer_axes, axis_name),
         is_leaf=lambda node: isinstance(node, Moments),
     )
-    # Without the barrier XLA may merge the second sums of a leaf with the first ones of the next:
-    # one all-reduce for each leaf of a sharded tree, not two in all. On a CPU it does so all the
-    # same, as that backend removes barriers before it merges.
+    # Without the barrier XLA may merge the second sums of a leaf with the first sums of the next:
+    # one all-reduce for each leaf of a sharded tree instead of two in total. The CPU backend does
+    # so anyway, as it removes barriers before it merges.
     means = jax.lax.optimization_barrier(means)
     return means, tree_moments(tree, layer_axes, axis_name, means)
 
@@ -203,7 +203,7 @@ def pooled_moments(moments: Any) -> Moments:
 def map_layers(update: Callable[..., jax.Array], grads: Any, moments: Any, *rest: Any) -> Any:
     """Applies ``update(grad, moments, *rest)`` to each eligible leaf, in its moments' precision.
 
-    Every output leaf has its input's dtype; leaves without moments pass through as they are.
+    Every output leaf has its input's dtype; leaves without moments pass through unchanged.
     """
 
     def update_leaf(grad: Any, layer: Moments | None, *rest: Any) -> Any:
@@ -222,7 +222,7 @@ def global_std(
 
     .. math:: s_t = \mathrm{Std}\Big(\bigoplus_{l \in S_t} \mathrm{vec}(G_t^{(l)})\Big)
 
-    unbiased (N - 1), of the gradients as they come, before any centering.
+    unbiased (N - 1), of the raw gradients, before any centering.
 
     Args:
       grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
@@ -230,13 +230,13 @@ def global_std(
       axis_name: see :func:`autoscale`.
 
     Returns:
-      An array of shape ``()``; float32, or float64 where a leaf is. 0 where fewer than two entries
+      An array of shape ``()``; float32, or float64 if a leaf is. It is 0 if fewer than two entries
       are eligible. Its accuracy is that of :func:`autoscale`.
 
     Raises:
       TypeError: for an integer or boolean leaf; the message names its path. If ``layer_axes`` is
         not a function.
-      ValueError: if ``layer_axes`` gives anything but axes of a leaf, or None.
+      ValueError: if ``layer_axes`` returns anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -255,13 +255,13 @@ def layer_std(
 ) -> Any:
     """The standard deviation of each eligible leaf's entries, as in the paper's Figure 1.
 
-    To follow it during training, put it into the chain in front of the transformations:
-    ``optax.snapshot("layer_std", layer_std)``, and read ``optax.tree.get(state, "layer_std")``. A
-    rule given to :func:`autoscale` has to be given here as well:
+    To record it during training, put ``optax.snapshot("layer_std", layer_std)`` at the start of the
+    chain, and read ``optax.tree.get(state, "layer_std")``. A rule given to :func:`autoscale` has to
+    be given here as well:
     ``optax.snapshot("layer_std", functools.partial(layer_std, layer_axes=rule))``.
 
-    ``layer_std(params, layer_axes=rule)`` shows which parameters a rule takes for layers: the
-    others are None, and where a leaf stacks several layers there is a number for each.
+    ``layer_std(params, layer_axes=rule)`` shows which parameters a rule selects: the others are
+    None, and a leaf that stacks several layers has a number for each.
 
     Args:
       grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
@@ -270,14 +270,14 @@ def layer_std(
 
     Returns:
       The tree with each eligible leaf replaced by its unbiased standard deviation, and every other
-      leaf by None. An array of shape ``()``, or, where one leaf stacks several layers, of the shape
-      of the axes that ``layer_axes`` leaves out; float32, or float64 where the leaf is. Its
-      accuracy is that of :func:`autoscale`, with the mean and deviation of the layer.
+      leaf by None. An array of shape ``()`` or, if the leaf stacks several layers, of the shape of
+      the axes that ``layer_axes`` leaves out; float32, or float64 if the leaf is. Its accuracy is
+      that of :func:`autoscale`, with the mean and deviation of the layer.
 
     Raises:
       TypeError: for an integer or boolean leaf; the message names its path. If ``layer_axes`` is
         not a function.
-      ValueError: if ``layer_axes`` gives anything but axes of a leaf, or None.
+      ValueError: if ``layer_axes`` returns anything but axes of a leaf, or None.
 
     Example:
       >>> import jax.numpy as jnp
@@ -321,20 +321,20 @@ def _leaf_moments(
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """What entries of ``dtype`` are summed in: float32 at least."""
+    """The dtype in which entries of ``dtype`` are summed: float32 at least."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def sum_over_mesh(
     values: list[jax.Array], axis_name: AxisName
 ) -> tuple[list[jax.Array], list[int]]:
-    """Adds up what the shards of ``jax.shard_map`` have summed; and says how many each has."""
+    """The sums over the shards of ``jax.shard_map``, and the number of shards of each."""
     sums, shards = list(values), [1] * len(values)
     if axis_name is None:
         return sums, shards
     mesh_axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    # Where shard_map tracks over which axes a value varies (check_vma, the default), what is
-    # replicated over one of them must be counted once there.
+    # Where shard_map tracks over which axes a value varies (check_vma, the default), a value that
+    # is replicated over one of them must be counted once.
     tracked = [axis for axis in mesh_axes if axis in _varying_axes(jax.lax.axis_index(axis))]
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, value in enumerate(values):
@@ -361,6 +361,6 @@ def _sum_all(values: list[jax.Array]) -> jax.Array:
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(value.dtype for value in values))
     sums = jnp.stack([jnp.sum(value).astype(dtype) for value in values])
-    # Without the barrier XLA makes one long sum of scalars of it, which takes it seconds to compile
-    # for 1,000 leaves.
+    # Without the barrier XLA turns this into one long sum of scalars, which takes seconds to
+    # compile for 1,000 leaves.
     return jnp.sum(jax.lax.optimization_barrier(sums))

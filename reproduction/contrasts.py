@@ -1,4 +1,4 @@
-"""Which differences a study looks at, fixed before its runs, and what its records say of them."""
+"""The differences that a study tests or describes, fixed before its runs, and their results."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,9 +8,9 @@ from reproduction import inference
 from reproduction.groups import Group
 from reproduction.inference import ALPHA, Comparison, Verdict
 
-# Looked at after the ablation's plan was made.
+# Added after the ablation was planned.
 EXPLORATORY = ("autoscale_direction", "autoscale_norm")
-STRONGER = "none x2.1"  # the penalty of which `autoscale` may be a copy: STUDIES["cifar100"].plan
+STRONGER = "none x2.1"  # the penalty that `autoscale` may amount to: STUDIES["cifar100"].plan
 
 Kind = Literal["primary", "family", "descriptive", "exploratory"]
 
@@ -52,7 +52,7 @@ class Contrast(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Contrasts that are corrected together; or that are only described."""
+    """Contrasts that are corrected together, or that are only described."""
 
     title: str
     kind: Kind
@@ -68,9 +68,9 @@ class Family(NamedTuple):
 def families(preset: str, groups: Sequence[Group]) -> list[Family]:
     """The contrasts of a study.
 
-    Those of the study on CIFAR-100 are in its plan. In each other study there are two families over
-    all of its groups: every method against the plain optimizer, and `autoscale` against every other
-    method. The residuals of a group's planned arms are pooled, so a group is tested when all of
+    Those of the study on CIFAR-100 are in its plan. Every other study has two families over all of
+    its groups: every method against the plain optimizer, and `autoscale` against every other
+    method. The residuals of a group's planned arms are pooled, so a group is tested once all of
     their runs are in.
     """
     found = _cifar100(groups) if preset == "cifar100" else _other(groups)
@@ -157,7 +157,7 @@ def _tests(group: Group, pairs: Iterable[tuple[str, str]], pool: Sequence[str]) 
 
 
 def _descriptions(group: Group, pairs: Iterable[tuple[str, str]]) -> list[Contrast]:
-    """Contrasts over the runs that are there."""
+    """Contrasts over the available runs."""
     accuracies = group.accuracies(group.arms)
     return [
         Contrast(group, *pair, inference.compare(accuracies, *pair))

@@ -1,12 +1,12 @@
-"""What each method does to AdamW's steps, all of them on the gradients of the same runs.
+"""The effect of each method on AdamW's steps, measured on the gradients of the same runs.
 
-AdamW alone trains ResNet-20 with the recipe for CIFAR-100. Every method, followed by an AdamW of
-its own, gets the gradients of that run, and `measure_effect` compares its updates with AdamW's.
+AdamW alone trains ResNet-20 with the recipe for CIFAR-100. Every method, followed by its own AdamW,
+gets the gradients of that run, and `measure_effect` compares its updates with AdamW's.
 
     python -m reproduction.effect --data-dir ~/tensorflow_datasets
     python -m reproduction.effect --report    # the table and the figure, from the records alone
 
-A seed is 200 steps, each with the gradients of two batches. Only seeds without a record are run.
+A seed takes 200 steps, each with the gradients of two batches. Seeds with a record are skipped.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from optax_autoscale import measure_effect
 from reproduction.markdown import table
+from reproduction.report import short
 from training import cpu, data, devices
 from training.config import Experiment, recipe
 from training.data import Dataset
@@ -39,7 +40,7 @@ from training.program import Arrays, Program
 from training.provenance import environment
 
 STEPS = 200
-BURN_IN = 20  # steps that the medians leave out
+BURN_IN = 20  # initial steps that the medians leave out
 EXPERIMENT = dataclasses.replace(recipe("cifar100"), method="none")
 COMPARED = (
     "centering",
@@ -51,8 +52,8 @@ COMPARED = (
     "zscore",
     "clip",
 )
-# No method, but AdamW on a second, independent batch at the same parameters: in every step, or in
-# this step only.
+# Not methods, but AdamW on a second, independent batch at the same parameters: in every step, or
+# only in the current step.
 OTHER_BATCHES, OTHER_BATCH = "other_batches", "other_batch"
 OTHERS = {
     OTHER_BATCHES: "AdamW, other batches in every step",
@@ -100,9 +101,9 @@ def main() -> None:
 
 
 def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> None:
-    """Writes the record of a run, a line with its description and then one for each step.
+    """Writes the record of a run: one line with its description, then one for each step.
 
-    Nothing is done where the file is there already. Until it is complete its name ends in `.part`.
+    If the file exists, this does nothing. Until the record is complete, its name ends in `.part`.
     """
     if path.exists():
         return
@@ -127,16 +128,16 @@ def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> 
 
 
 def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[dict[str, Any]]:
-    """Trains with the plain optimizer, and gives for each step what the methods would have done.
+    """Trains with the plain optimizer, and yields for each step what the methods would have done.
 
     Args:
-      experiment: what is trained, with the method `none`.
-      dataset: what it is trained on.
+      experiment: the run's configuration, with the method `none`.
+      dataset: the data set to train on.
       steps: the number of steps.
 
     Yields:
-      Of each step its number from 1, the seconds so far, the loss, s_t, and by method a_t and the
-      ratio of norms and cosine of the update that `measure_effect` gives.
+      For each step its number from 1, the seconds so far, the loss, s_t, and by method a_t and the
+      norm ratio and cosine from `measure_effect`.
     """
     mesh = devices.make_mesh()
     program, everywhere = Program(experiment, dataset, mesh), devices.replicated(mesh)
@@ -172,8 +173,8 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     effects = first_effects(state.params)
     for step in range(steps):
         epoch = 1 + step // program.steps_per_epoch
-        # The step gives its gradients, but reuses the memory of the state: so it gets a copy. The
-        # second batch is from another order of the images, with augmentation of another seed.
+        # The step returns its gradients, but donates the state: so it gets a copy. The second batch
+        # comes from another order of the images, with another seed for its augmentation.
         twin = jax.tree.map(jnp.copy, state)._replace(seed=state.seed + np.uint32(2**31))
         params = jax.tree.map(jnp.copy, state.params)
         other_order = program.epoch_order(np.int32(2**30 + epoch))
@@ -194,7 +195,7 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
 
 
 def on_other_batches(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` on the gradients in the extra argument `other_grads`, in place of its own."""
+    """`tx` on the gradients in the extra argument `other_grads`, instead of its own."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del updates
@@ -204,7 +205,7 @@ def on_other_batches(tx: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def on_another_batch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The step of `tx` on `other_grads`, with the state that its own gradients have led to."""
+    """The step of `tx` on `other_grads`, with the state that results from its own gradients."""
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         other_updates, _ = tx.update(extra_args["other_grads"], state, params)
@@ -214,7 +215,7 @@ def on_another_batch(tx: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def closed_form(global_std: np.ndarray, scale_factor: np.ndarray) -> np.ndarray:
-    """The ratio of norms to be expected of `scaling` before Adam.
+    """The expected ratio of norms for `scaling` before Adam.
 
     Args:
       global_std: s_t, of shape `(steps,)`.
@@ -267,7 +268,7 @@ def write_report(folder: Path) -> None:
 
 
 def report(runs: Sequence[Trajectory]) -> str:
-    """The table, and what it was measured on; at the comments the guide takes it apart."""
+    """The report's text; the comments in it mark the parts that the guide includes."""
     rows = []
     for name in (*COMPARED, *OTHERS):
         rows.append(
@@ -294,17 +295,17 @@ def report(runs: Sequence[Trajectory]) -> str:
         "# What the methods do to AdamW's steps",
         "",
         "ResNet-20 on CIFAR-100 with the paper's recipe as we read it, trained by AdamW alone: the "
-        f"first {steps} of 39,000 steps, {seeds} seeds. Every method, followed by an AdamW of its "
-        "own, gets the gradients of that run. Beside them AdamW on a second, independent batch at "
+        f"first {steps} of 39,000 steps, {seeds} seeds. Every method, followed by its own AdamW, "
+        "gets the gradients of that run. For comparison, AdamW on a second, independent batch at "
         "the same parameters.",
         "",
         "<!-- table -->",
         "",
         table(header, rows),
         "",
-        f"Medians over the steps after step {BURN_IN}; of the {seeds} seeds the median, and in "
-        "brackets the smallest and the largest. Unexplained is the share of the method's step, in "
-        "squares, that no learning rate of AdamW would have given: $1 - \\mathrm{cosine}^2$. The "
+        f"Medians over the steps after step {BURN_IN}: the median of the {seeds} seeds, and in "
+        "brackets the smallest and the largest. *Unexplained* is the share of the squared step "
+        "that no learning rate of AdamW would have produced: $1 - \\mathrm{cosine}^2$. The "
         f"scale factor $a_t$ of Autoscale was {start} in the first step and {end} in the last.",
         "",
         "<!-- figure -->",
@@ -312,10 +313,10 @@ def report(runs: Sequence[Trajectory]) -> str:
         "![Norm ratio, and share of the step that no learning rate explains, over the steps, by "
         "method](effect.png)",
         "",
-        f"*Each method's step beside AdamW's, over the first {steps} steps. Left: the ratio of "
-        "their norms; black and dashed, its closed form for the scaling. Right: the share of the "
-        f"step, in squares, that no learning rate of AdamW explains. Lines are means over {seeds} "
-        "seeds, bands go from the smallest to the largest.*",
+        f"*Each method's step compared with AdamW's, over the first {steps} steps. Left: the ratio "
+        "of their norms; black and dashed, its closed form for the scaling. Right: the share of "
+        "the squared step that no learning rate of AdamW explains. Lines are means over "
+        f"{seeds} seeds, bands range from the smallest to the largest.*",
         "",
         "<!-- command -->",
         "",
@@ -327,16 +328,6 @@ def report(runs: Sequence[Trajectory]) -> str:
         f"{first['device_count']} x {first['device']}; {versions}; commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def short(commit: str | None) -> str:
-    """A commit's first digits, and whether the sources differed from it.
-
-    >>> short("8ab898a77f7e9e6cf01149a0cc3e139c673fdbba-dirty")
-    '8ab898a77f7e-dirty'
-    """
-    digits, dash, dirty = (commit or "unknown").partition("-")
-    return digits[:12] + dash + dirty
 
 
 def draw(runs: Sequence[Trajectory], path: Path) -> None:
@@ -369,7 +360,7 @@ def line_of(name: str) -> str:
 
 
 def band(axes: Axes, values: Sequence[np.ndarray], color: str, line: Any, name: str) -> None:
-    """Draws the mean over seeds, and what lies between the smallest and the largest."""
+    """Draws the mean over seeds, and the range from the smallest to the largest."""
     x, low, high = 1 + np.arange(len(values[0])), np.min(values, axis=0), np.max(values, axis=0)
     axes.plot(x, np.mean(values, axis=0), color=color, linestyle=line, label=name, linewidth=1.2)
     axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)

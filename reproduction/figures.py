@@ -21,10 +21,10 @@ SEEDS = "; lines are means over seeds, bands their standard deviation."
 
 
 def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str, str]]:
-    """Draws what the records allow, each as PNG and SVG.
+    """Draws all figures for which there are records, each as PNG and SVG.
 
     Returns:
-      Of each figure its file's name, what it shows, and the rest of its caption.
+      For each figure the name of its file, its title, and the rest of its caption.
     """
     traced = [group for group in groups if group.finished("autoscale")]
     if any(group.dataset == "cifar10" for group in traced):  # as in the paper
@@ -80,7 +80,7 @@ def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str, str]]:
 
 @contextlib.contextmanager
 def figure_of(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure to draw on, saved as `path` with the endings png and svg; the same to the byte."""
+    """A figure to draw on, saved as `path` with the suffixes png and svg, deterministically."""
     with mpl.rc_context(STYLE | {"svg.hashsalt": path.name}):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
@@ -187,7 +187,7 @@ def epochs(runs: Sequence[Run]) -> list[int]:
 
 
 def values(runs: Sequence[Run], name: str) -> np.ndarray:
-    """What was recorded, of shape `(seeds, epochs)`."""
+    """A recorded value, of shape `(seeds, epochs)`."""
     return np.array([[record[name] for record in run.records] for run in runs], float)
 
 

@@ -1,4 +1,4 @@
-"""Files that others may read, or write as well, while they are written."""
+"""Atomic writes of files that other processes may read or write at the same time."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there at the end takes the place of `path` at once.
+    """Yields a path beside `path` to write to, which replaces `path` atomically at the end.
 
-    After an error, `path` stays as it is.
+    After an error, `path` is unchanged.
     """
-    # No other process writes to this name, on whatever host.
+    # No other process, on any host, writes to this name.
     part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         yield part

@@ -1,4 +1,4 @@
-"""The runs of a study as they are shown: by data set, model and optimizer, then by arm."""
+"""The runs of a study as reports show them: by data set, model and optimizer, then by arm."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,13 +14,13 @@ VARIANT_LINES = (":", "-.", (0, (5, 1)), (0, (1, 1)))  # as Matplotlib has them
 
 
 class Arm(NamedTuple):
-    """Runs that differ in their seed only."""
+    """Runs that differ only in their seed."""
 
     method: str
     label: str
     line: Any  # how its curves are drawn
     seeds: list[int]  # that were planned
-    runs: dict[int, Run]  # those that are there, by seed
+    runs: dict[int, Run]  # those that exist, by seed
 
     @property
     def finished(self) -> list[Run]:
@@ -29,7 +29,7 @@ class Arm(NamedTuple):
 
     @property
     def missing(self) -> int:
-        """How many of the planned runs are not there."""
+        """The number of planned runs that are missing."""
         return sum(seed not in self.runs for seed in self.seeds)
 
     def accuracies(self) -> dict[int, float | None]:
@@ -65,7 +65,7 @@ class Group(NamedTuple):
         return {key: arm for key, arm in self.arms.items() if arm.runs}
 
     def accuracies(self, keys: Iterable[str]) -> Mapping[str, Mapping[int, float | None]]:
-        """Those of some arms, as `reproduction.inference` takes them."""
+        """The accuracies of some arms, in the form that `reproduction.inference` takes."""
         return {key: self.arms[key].accuracies() for key in keys}
 
     def finished(self, key: str) -> list[Run]:
@@ -74,11 +74,11 @@ class Group(NamedTuple):
 
 
 def group(study: Study, runs: Iterable[Run]) -> list[Group]:
-    """The planned arms of a study and those of its runs, with the runs that are there.
+    """The planned arms of a study and those of its runs, with the runs that exist.
 
     Args:
-      study: whose plan gives the seeds of each arm.
-      runs: any of its runs; others get an arm without planned seeds.
+      study: the study, whose plan gives the seeds of each arm.
+      runs: its runs; unplanned ones get an arm without planned seeds.
     """
     planned, runs = study.experiments(), list(runs)
     groups: dict[tuple[str, ...], Group] = {}

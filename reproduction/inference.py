@@ -1,17 +1,17 @@
-"""The statistics of a study: what may be said of a difference, and when.
+"""The statistics of a study: which conclusions about a difference are drawn, and when.
 
 Seeds are blocks: two runs of one seed share their initial parameters and their batches, so methods
-are compared within seeds. Everything here is fixed before the runs and takes numbers alone: final
+are compared within seeds. Everything here is fixed before the runs and takes only numbers: final
 test accuracies in percent, by method and seed, None or NaN for a run that diverged.
 
 - *Tests.* A study has one primary contrast, tested by itself at ``ALPHA``, and families of further
   contrasts (:func:`families`), each with Holm's correction over all contrasts that were planned for
-  it. Whatever is looked at afterwards is called exploratory, and claims nothing.
+  it. Later analyses are called exploratory, and claim nothing.
 - *A contrast* (:func:`compare`) comes from a linear model with seed and method as factors, over all
   arms that it is given. With two arms that is the paired t-test; the primary contrast is given its
   own two arms only. With more, the residuals of all arms are pooled, which gives small arms enough
-  degrees of freedom at the price of assuming that all arms scatter alike.
-- *Three things that are not one another.* The interval says which differences are compatible with
+  degrees of freedom but assumes that all arms have the same variance.
+- *Three different questions.* The interval says which differences are compatible with
   the runs; equivalence (TOST) says whether the difference has been shown to be smaller than a
   margin; the detectable difference says how large a true one had to be for the test to find it.
   "Not significant" is neither "equal" nor "equivalent".
@@ -52,10 +52,10 @@ class Equivalence(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean or a difference of means, and what Student's t says of it.
+    """A mean or a difference of means, with Student's t.
 
-    All of it is NaN where there is nothing to estimate the spread from: fewer than two values, or
-    values that are all the same.
+    All of it is NaN where the spread cannot be estimated: with fewer than two values, or values
+    that are all equal.
     """
 
     value: float
@@ -94,7 +94,7 @@ class Estimate(NamedTuple):
     def detectable(self, alpha: float = ALPHA, power: float = POWER) -> float:
         """The smallest true value that the test would find with a probability of ``power``.
 
-        It takes the spread seen for the true one, which with few seeds it is only roughly.
+        It assumes that the observed spread is the true one, which is rough with few seeds.
 
         Args:
           alpha: the level of the test that was made; for one of a family, ``ALPHA`` over the
@@ -141,8 +141,8 @@ def linear_contrast(accuracies: Accuracies, weights: Mapping[str, float]) -> Est
     """A contrast of methods in the model: accuracy = seed + method + residual, by least squares.
 
     The design may be unbalanced: methods with different seeds or numbers of seeds, and diverged
-    runs, which are left out. A seed with a single run says nothing about any difference, and
-    changes nothing. Of two methods alone this is their paired t-test.
+    runs, which are left out. A seed with a single run carries no information about differences, and
+    changes nothing. For two methods alone this is their paired t-test.
 
     Args:
       accuracies: all arms whose residuals are pooled, each an experiment of its own: one whose
@@ -190,7 +190,7 @@ def linear_contrast(accuracies: Accuracies, weights: Mapping[str, float]) -> Est
 
 
 class Welch(NamedTuple):
-    """The difference of two means without the pairing, as description."""
+    """The difference of two means without the pairing, as a description."""
 
     difference: float
     low: float  # of the 95% interval
@@ -218,7 +218,7 @@ def welch(accuracies: Accuracies, method: str, baseline: str) -> Welch:
 
 
 class Comparison(NamedTuple):
-    """A method beside a baseline: what is known of the difference of their final accuracies."""
+    """A method compared with a baseline, by their final accuracies."""
 
     estimate: Estimate  # over the runs that finished; of none, if planned runs are missing
     above: int  # shared seeds in which the method is above the baseline,
@@ -226,7 +226,7 @@ class Comparison(NamedTuple):
     ties: int
     diverged: tuple[int, int]  # runs of the method, and of the baseline, that diverged,
     runs: tuple[int, int]  # of so many
-    missing: int  # planned runs that are not in yet
+    missing: int  # planned runs without a record
 
     @property
     def p_value(self) -> float:
@@ -244,8 +244,8 @@ def compare(
     Args:
       accuracies: all arms whose residuals are pooled: for the primary contrast its own two, for a
         family all arms of one recipe.
-      method: what is compared,
-      baseline: and with what.
+      method: what is compared.
+      baseline: what it is compared with.
       seeds: those that were planned; before all are in, nothing is tested.
 
     Example:
@@ -428,8 +428,8 @@ def verdict_on_trend(
 
     *Supported* if it does in every run, *contradicted* if it does the opposite in every run, and in
     either case only if the mean change also differs from 0 by a t-test over the runs; a few runs
-    that agree by chance do not suffice. Otherwise *not distinguished*; *not tested* with fewer than
-    two runs. What it does in between is for the curve to show.
+    may agree by chance. Otherwise *not distinguished*; *not tested* with fewer than
+    two runs. The epochs in between are not judged.
 
     Args:
       series: as in :func:`log_change`.
@@ -487,8 +487,8 @@ def compare_stability(
 
     Args:
       curves: test accuracy in percent by epoch, by method and seed; None for a run that diverged.
-      method: what is compared,
-      baseline: and with what.
+      method: what is compared.
+      baseline: what it is compared with.
       changes: as in :func:`roughness`.
     """
     pairs = [
@@ -514,7 +514,7 @@ def compare_stability(
 
 
 def verdict_on_stability(stability: Stability, alpha: float = ALPHA) -> Verdict:
-    """Judges "stabler than the baseline".
+    """Judges "more stable than the baseline".
 
     Two outcomes, each at ``alpha / 2``: which diverges more often, and whose late epochs are
     rougher. *Supported* if at least one is significantly in favor of the method, none significantly
@@ -546,12 +546,12 @@ def in_words(
     margin: float | None = MARGIN,
     exploratory: bool = False,
 ) -> str:
-    """What may be said of a comparison, in sentences.
+    """The conclusions from a comparison, in sentences.
 
     Args:
       comparison: from :func:`compare`.
-      method: its name in the sentences,
-      baseline: and that of the baseline.
+      method: its name in the sentences.
+      baseline: the name of the baseline.
       corrected: p after Holm's correction, for a contrast of a family.
       family: the number of contrasts in it; equivalence is tested, and the detectable difference
         computed, at ``ALPHA / family``.
@@ -571,7 +571,7 @@ def in_words(
     start = "Exploratory: " if exploratory else ""
     if comparison.missing:
         return (
-            f"{start}{comparison.missing} of the planned runs are not in yet; the test waits for "
+            f"{start}{comparison.missing} of the planned runs are missing; the test waits for "
             "all of them."
         )
     if any(comparison.diverged):
@@ -580,7 +580,7 @@ def in_words(
         return f"{start}{method} and {baseline} are identical in {_count(comparison.ties)}."
     difference = f"{method} minus {baseline} is {estimate.value:+z.2f} points"
     if math.isnan(estimate.standard_error):
-        return f"{start}{difference} ({_count(estimate.n)}); that cannot be tested."
+        return f"{start}{difference} ({_count(estimate.n)}), which cannot be tested."
     p_value = estimate.p_value if corrected is None else corrected
     low, high = estimate.interval()
     numbers = f"95% interval {low:+z.2f} to {high:+z.2f}, {_count(estimate.n)}, "

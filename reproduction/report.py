@@ -21,15 +21,14 @@ TEST_IMAGES = {"digits": 360, "cifar10": 10_000, "cifar100": 10_000}
 def write_report(preset: str, folder: Path) -> None:
     """Writes `REPORT.md` and the figures of the finished runs in a study's folder.
 
-    The result depends on the records alone, to the byte; that of the figures on the version of
-    Matplotlib as well.
+    The text depends only on the records, the figures also on the version of Matplotlib.
 
     Args:
       preset: the study's name.
-      folder: where its records are, and the report goes.
+      folder: contains its records; the report is written there too.
 
     Raises:
-      ValueError: if there is no record in the folder, or a file that is none.
+      ValueError: if there is no record in the folder, or a file that is not a record.
     """
     runs = list(read(folder).values())
     if not runs:
@@ -56,18 +55,18 @@ def write_report(preset: str, folder: Path) -> None:
 
 
 def summary(preset: str, runs: Sequence[Run]) -> str:
-    """What was run, how much of it, and on what."""
+    """What was run, how much of it, and on which devices."""
     study, planned = STUDIES[preset], STUDIES[preset].experiments()
     names = {run.experiment.name for run in runs}
     there = sum(experiment.name in names for experiment in planned)
     state = f"All {len(planned)} planned runs are in."
     if there < len(planned):
         state = (
-            f"{there} of the {len(planned)} planned runs are in. A difference is tested when all "
-            "runs that its test needs are."
+            f"{there} of the {len(planned)} planned runs are in. A difference is tested once all "
+            "runs that its test needs are in."
         )
     if more := len(runs) - there:
-        state += f" {markdown.count(more, 'run')} beyond the plan are shown, and not compared."
+        state += f" {markdown.count(more, 'run')} beyond the plan are shown but not compared."
     versions = {
         ", ".join(
             f"{package} {run.description['versions'][package]}"
@@ -106,7 +105,7 @@ def summary(preset: str, runs: Sequence[Run]) -> str:
 
 
 def short(commit: str | None) -> str:
-    """A commit's id as people read it.
+    """An abbreviated commit id.
 
     >>> short("f2f4ca1a5ec737719d3260e2e7f02ed80c563a95-dirty")
     'f2f4ca1-dirty'
@@ -116,7 +115,7 @@ def short(commit: str | None) -> str:
 
 
 def accuracy_section(groups: Sequence[Group]) -> str:
-    """The accuracies of each method, beside the paper's where it has any."""
+    """The accuracies of each method, beside the paper's where there are any."""
     images = {
         f"{DATASETS[each.dataset].label} has {TEST_IMAGES[each.dataset]:,} test images, "
         f"{100 / TEST_IMAGES[each.dataset]:.2f} points each."
@@ -150,21 +149,21 @@ def accuracy_section(groups: Sequence[Group]) -> str:
 
 
 def difference_section(compared: Sequence[Family], fixed_before: bool) -> str:
-    """The differences by family, and what may be said of them."""
+    """The differences by family, and the conclusions from them."""
     parts = [
         "Differences are taken within seeds: methods share initial parameters and batches. A "
         "linear model of seed and method gives them, with one residual variance for the methods "
         "of a table. *Detectable* is the true difference that the test finds with a probability "
-        f"of {POWER:.0%}. Welch's interval ignores the pairing, and only describes."
+        f"of {POWER:.0%}. Welch's interval ignores the pairing, and is descriptive."
     ]
     if not fixed_before:
-        parts[0] += " This analysis was chosen after the study had first been run."
+        parts[0] += " This analysis was chosen after the study was first run."
     for family in compared:
         text = {
             "primary": f"One test, at {ALPHA:g}.",
             "family": f"One family of {markdown.count(len(family.contrasts), 'test')}, with Holm's "
             f"correction at {ALPHA:g}.",
-            "descriptive": "Described, not tested.",
+            "descriptive": "Descriptive, not tested.",
             "exploratory": "Exploratory: neither planned nor tested.",
         }[family.kind]
         parts.append(f"### {family.title}\n\n{text}")
@@ -215,14 +214,14 @@ def difference(comparison: Comparison) -> str:
 
 
 def conclusion(kind: Kind, contrasts: Sequence[Contrast]) -> str:
-    """What may be said of the contrasts of a family in one group, in words."""
+    """The conclusions from the contrasts of a family in one group, in words."""
     first = contrasts[0]
     if kind == "primary":
         return inference.in_words(first.comparison, *first.labels)
     if not first.family:
         return nearer(first.group) if STRONGER in first.group.arms else ""
     if missing := first.comparison.missing:
-        return f"{markdown.count(missing, 'planned run')} not in yet; the tests wait."
+        return f"{markdown.count(missing, 'planned run')} missing; the tests wait for them."
     tested = [each for each in contrasts if np.isfinite(each.corrected)]
     if not tested:
         return "Nothing can be tested, and no difference is claimed."
@@ -267,7 +266,7 @@ def nearer(each: Group) -> str:
         f"{markdown.between(low, high, '+z.2f')}, {markdown.count(estimate.n, 'seed')}): "
     )
     if low < 0 < high:
-        return f"{text}these runs do not say to which of the two it is nearer."
+        return f"{text}these runs do not show which of the two it is nearer to."
     return f"{text}it is nearer to the {close} penalty."
 
 
@@ -291,10 +290,10 @@ def effect_section(groups: Sequence[Group]) -> str:
     if not parts:
         return ""
     intro = (
-        "The update taken, beside the one that the plain optimizer would have taken on the same "
-        "gradients: in the first epoch, in the last, and the mean over epochs; means over seeds. "
-        "1 - cosine² is the share of the update that no learning rate explains. Both sides hold "
-        "the weight decay."
+        "The actual update, compared with the plain optimizer's on the same gradients: in the "
+        "first epoch, in the last, and the mean over epochs; means over seeds. 1 - cosine² is the "
+        "share of the squared update that no learning rate explains. Both sides include the weight "
+        "decay."
     )
     return "\n\n".join([intro, *parts])
 
@@ -317,8 +316,8 @@ def measured(each: Group) -> list[Arm]:
 
 
 def secondary_section(groups: Sequence[Group]) -> str:
-    """Outcomes that are described only."""
-    parts = ["Described, not tested: mean ± standard deviation over the runs that finished."]
+    """Descriptive outcomes."""
+    parts = ["Descriptive, not tested: mean ± standard deviation over the runs that finished."]
     for each in groups:
         rows = [
             [
@@ -364,15 +363,15 @@ def time_section(groups: Sequence[Group]) -> str:
     if all(cell == "-" for row in rows for cell in row[1:]):
         return ""
     return (
-        "Medians over all epochs, with the ratio to the plain optimizer, as the machine gave them; "
-        "other work may have run beside it. `benchmarks/overhead.py` compares the methods "
-        "fairly. Runs whose effect was measured are left out.\n\n"
+        "Medians over all epochs, with the ratio to the plain optimizer, as recorded; other "
+        "programs may have run at the same time. `benchmarks/overhead.py` compares the methods "
+        "fairly. Runs with a measured effect are left out.\n\n"
         + markdown.table(["method", *(each.title for each in groups)], rows)
     )
 
 
 def exponent_section(groups: Sequence[Group]) -> str:
-    """The exponents that the first step of each run decided on."""
+    """The exponents that the first step of each run decided."""
     rows = [
         [
             each.title,
@@ -395,4 +394,4 @@ def figure_section(groups: Sequence[Group], folder: Path, scale: str) -> str:
         f"![{title}]({name}.png)\n\n*{title}{rest}*"
         for name, title, rest in figures.draw(groups, folder)
     ]
-    return "\n\n".join([f"Scale of all: {scale}.", *shown]) if shown else ""
+    return "\n\n".join([f"All at the same scale: {scale}.", *shown]) if shown else ""

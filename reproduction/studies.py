@@ -66,17 +66,17 @@ class Grid(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Grids that are reported together, and what a reader has to know about them."""
+    """Grids that are reported together, and their description."""
 
     title: str
-    scale: str  # at which scale, for captions
+    scale: str  # for captions
     grids: tuple[Grid, ...]
     plan: str = ""  # hypotheses, tests and margins, fixed before the runs
 
     def experiments(self, seeds: int | None = None) -> list[Experiment]:
         """All runs, grid by grid: the cheapest first, all methods of a seed before the next seed.
 
-        So a study that was left unfinished compares methods on the same seeds.
+        So an unfinished study still compares methods on the same seeds.
         """
         return [
             experiment
@@ -86,7 +86,7 @@ class Study(NamedTuple):
 
 
 def compressed(experiment: Experiment, epochs: int) -> Experiment:
-    """The recipe in fewer epochs, in which the learning rate decays as far as in 200."""
+    """The recipe in fewer epochs, with the same total decay of the learning rate as in 200."""
     return dataclasses.replace(experiment, epochs=epochs, decay_epochs=30 * epochs / 200)
 
 
@@ -202,7 +202,7 @@ STUDIES = {
 
 
 def cost(experiment: Experiment) -> float:
-    """How long a run takes, up to a factor: its multiply-adds."""
+    """The duration of a run up to a factor: its multiply-adds."""
     data = DATASETS[experiment.dataset]
     images = experiment.train_size or data.num_train
     area = (data.image_size / 32) ** 2
@@ -210,7 +210,7 @@ def cost(experiment: Experiment) -> float:
 
 
 def same_results(experiment: Experiment) -> Experiment:
-    """The experiment without what changes none of its results: whether the effect is measured."""
+    """The experiment without `effect`, the option that does not change its results."""
     return dataclasses.replace(experiment, effect=False)
 
 
@@ -226,16 +226,16 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
     """Writes a finished run's record file: a line that describes it, then its epochs.
 
     Args:
-      experiment: what was run.
-      folder: the run's.
+      experiment: the run's configuration.
+      folder: the run's folder.
       path: the file, `results/<study>/<name>.jsonl`.
-      diverged: why it ended before its last epoch, if it did.
+      diverged: why the run stopped before its last epoch, if it did.
 
     Returns:
       The run, as `read_run` reads it from the file.
 
     Raises:
-      RecordError: if the folder does not hold the records of all epochs; nothing is written then.
+      RecordError: if the folder lacks the records of some epochs; then nothing is written.
     """
     default = dataclasses.asdict(recipe(experiment.dataset, experiment.optimizer))
     options = dataclasses.asdict(experiment)
@@ -269,7 +269,7 @@ def read_run(path: Path) -> Run:
     """A finished run, from its record file.
 
     Raises:
-      RecordError: if the file is not such a record, or not of the run that it is named after.
+      RecordError: if the file is not such a record, or is named after another run.
     """
     try:
         run = _parse(path.read_bytes().splitlines(), path)
@@ -281,7 +281,7 @@ def read_run(path: Path) -> Run:
 
 
 def read(folder: Path) -> dict[str, Run]:
-    """The finished runs of a study by name, in the order of their names.
+    """The finished runs of a study by name, sorted by name.
 
     Raises:
       RecordError: if a file is not the record of a run.

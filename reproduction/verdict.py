@@ -1,8 +1,8 @@
 """The verdict: the paper's claims one by one, judged by rules from the records alone.
 
-The rules were written before the runs of the study on CIFAR-100 ended. A claim is judged in each
-study, once all planned runs of the arms that it is about are in. Its verdict is that of the study
-nearest to the paper's scale that could judge it; claims that one counterexample refutes are
+The rules were written before the runs of the study on CIFAR-100 ended. Each study judges a claim
+once all planned runs of the arms that it is about are in. The verdict is that of the study nearest
+to the paper's scale that could judge it; a claim that a single counterexample refutes is
 contradicted by one in any study.
 """
 
@@ -33,6 +33,7 @@ from training.optimizers import METHODS, OPTIMIZERS, method_label
 
 BY_SCALE = ("paper", "cifar100", "cpu", "digits", "vit", "ablation")  # the paper's own first
 BEGIN, END = "<!-- verdict: begin; generated from results/ -->", "<!-- verdict: end -->"
+SUMMARY_END = "<!-- end of the summary -->"  # for pages that include it
 
 Groups = Mapping[str, Sequence[Group]]  # by study
 
@@ -41,7 +42,7 @@ class Finding(NamedTuple):
     """What some runs say of a claim."""
 
     text: str
-    brief: str  # the same in a word or two, for the summary
+    brief: str  # the same in a number or two, for the summary
     verdict: Verdict
 
 
@@ -67,10 +68,18 @@ class Evidence(NamedTuple):
         return f"{self.n} of {self.planned}" if self.n < self.planned else f"{self.n}"
 
 
+def in_brief(evidence: Sequence[Evidence]) -> str:
+    """What the runs of one study found."""
+    data = evidence[0].scale.partition(",")[0]
+    seeds = "/".join(dict.fromkeys(it.seeds for it in evidence))
+    return f"{data}, n = {seeds}: {', '.join(dict.fromkeys(it.finding.brief for it in evidence))}"
+
+
 class Claim(NamedTuple):
     """A claim of the paper, and how it is judged."""
 
     title: str
+    short: str  # the title in the summary's table
     rule: str
     evidence: list[Evidence]
     anywhere: bool = False  # whether one counterexample contradicts it, in whatever study
@@ -98,18 +107,20 @@ class Claim(NamedTuple):
 
     @property
     def basis(self) -> str:
-        """What the verdict is from, and what fewer runs at a larger scale show."""
+        """What the verdict is from, and in brackets what fewer runs at a larger scale show."""
         judged = self.judged
         nearer = BY_SCALE[: BY_SCALE.index(judged[0].study)] if judged else BY_SCALE
-        others = [it for it in self.evidence if it.study in nearer and it.verdict == "not tested"]
-        parts = []
-        for evidence, note in ((judged, ""), (others, "; not judged")):
-            for scale in dict.fromkeys(it.scale for it in evidence):
-                part = [it for it in evidence if it.scale == scale]
-                found = ", ".join(it.finding.brief for it in part)
-                seeds = "/".join(dict.fromkeys(it.seeds for it in part))
-                parts.append(f"{scale}: {found} (n = {seeds}{note})")
-        return "; ".join(parts) or "-"
+        larger = [
+            [
+                it
+                for it in self.evidence
+                if it.study == study and it.verdict == "not tested" and it.finding.brief
+            ]
+            for study in nearer
+        ]
+        nearest = next(filter(None, larger), [])
+        forms = ("{}", judged), ("({})", nearest)
+        return " ".join(form.format(in_brief(it)) for form, it in forms if it) or "-"
 
 
 def write_verdict(results: Path) -> None:
@@ -147,7 +158,7 @@ def with_block(text: str, new: str) -> str:
     return f"{before}{begin}\n{new}\n{end}{after}"
 
 
-NOTHING = Finding("-", "-", "not tested")
+NOTHING = Finding("-", "", "not tested")
 
 # --- Claims about the dynamics --------------------------------------------------------------------
 
@@ -157,18 +168,21 @@ def claims(groups: Groups) -> list[Claim]:
     return [
         Claim(
             "The global standard deviation of the gradients falls",
-            "It is lower in the last epoch than in the first in every run, and a t-test of the "
-            "mean change finds it; contradicted if the opposite holds.",
+            "The gradients' global std falls",
+            "It is lower in the last epoch than in the first in every run, and the mean change is "
+            "significant in a t-test; contradicted if the opposite holds.",
             list(evidence(groups, ("autoscale",), trend)),
         ),
         Claim(
             "The standard deviation falls in some layers and rises in others",
-            "It does from the first epoch to the last, in every run of at least two; one run in "
+            "It falls in some layers, rises in others",
+            "From the first epoch to the last, in every one of at least two runs; a single run in "
             "which all layers agree contradicts it.",
             list(evidence(groups, ("autoscale",), layers)),
         ),
         Claim(
-            "The factor $a_t$ is never above 1",
+            "The factor $a_t$ never exceeds 1",
+            "$a_t$ never exceeds 1",
             "No epoch's mean is above 1 in any run. By the paper's equation it is above 1 for "
             "standard deviations between 0.018 and 55, whether or not these runs get there; "
             "`max_scale=1.0` enforces the claim.",
@@ -177,25 +191,29 @@ def claims(groups: Groups) -> list[Claim]:
         ),
         Claim(
             "It converges",
-            "Every run ends, with a lower training loss than in its first epoch. The theorem "
+            "It converges",
+            "Every run finishes, with a lower training loss than in its first epoch. The theorem "
             "itself is about SGD on smooth losses.",
             list(evidence(groups, ("autoscale",), convergence)),
             anywhere=True,
         ),
         Claim(
-            "It is stabler than Z-score normalization",
+            "It is more stable than Z-score normalization",
+            "More stable than Z-score (scatter)",
             STABLER,
             list(evidence(groups, ("autoscale", "zscore"), stability)),
         ),
         Claim(
             "It converges more smoothly than the plain optimizer",
+            "Smoother than plain (scatter)",
             STABLER,
             list(evidence(groups, ("autoscale", "none"), stability)),
         ),
         Claim(
             "It has no hyperparameters to tune",
-            "Not tested: no study varies the learning rate and the weight decay with and without "
-            "it, so none shows that what suits the plain optimizer suits it too.",
+            "Nothing to tune",
+            "No study varies the learning rate and the weight decay with and without it, so none "
+            "shows that the plain optimizer's settings suit it too.",
             [],
         ),
     ]
@@ -203,7 +221,8 @@ def claims(groups: Groups) -> list[Claim]:
 
 STABLER = (
     "It diverges less often (exact McNemar test), or the last ten changes of its test accuracy "
-    "scatter less (paired t-test), each at half the level, and neither is the other way round."
+    "scatter less (paired t-test), each at half the level, and neither test favors the other. The "
+    "number is the difference of the scatter, in points."
 )
 
 
@@ -266,7 +285,7 @@ def layers(arms: Sequence[Arm], alpha: float) -> Finding:
         return NOTHING
     some = "/".join(map(str, sorted({min(falls), max(falls)})))
     text = f"falls in {some.replace('/', ' to ')} of {total} layers"
-    return Finding(text, f"{some} of {total} fall", inference.verdict_on_every_run(holds))
+    return Finding(text, f"{some}/{total} fall", inference.verdict_on_every_run(holds))
 
 
 def bound(arms: Sequence[Arm], alpha: float) -> Finding:
@@ -304,12 +323,12 @@ def stability(arms: Sequence[Arm], alpha: float) -> Finding:
         for name, arm in zip(("ours", "other"), arms, strict=True)
     }
     found = inference.compare_stability(curves, "ours", "other")
-    brief = f"{found.diverged[0]} and {found.diverged[1]} diverged"
-    text = brief
+    text = f"{found.diverged[0]} and {found.diverged[1]} diverged"
+    brief = text if any(found.diverged) else ""
     if not math.isnan(found.roughness.standard_error):
         low, high = found.roughness.interval()
         text += f", scatter {found.roughness.value:+z.2f} ({low:+z.2f} to {high:+z.2f})"
-        brief = brief if any(found.diverged) else f"scatter {found.roughness.value:+z.2f}"
+        brief = brief or f"{found.roughness.value:+z.2f}"
     return Finding(text, brief, inference.verdict_on_stability(found, alpha))
 
 
@@ -326,6 +345,17 @@ class Cell(NamedTuple):
     digits: str
     verdict: Verdict
     contrast: Contrast | None  # what the verdict is from
+
+    @property
+    def brief(self) -> str:
+        """What the verdict is from, for the summary."""
+        if not self.contrast:
+            return "-"
+        comparison = self.contrast.comparison
+        if comparison.missing:
+            return f"{markdown.count(comparison.missing, 'run')} missing"
+        data = self.contrast.group.scale.partition(",")[0]
+        return f"{data}, n = {comparison.estimate.n}: {difference(comparison)}"
 
 
 def cells(groups: Groups) -> list[Cell]:
@@ -420,17 +450,21 @@ def page(groups: Groups) -> str:
     parts = [
         "# The verdict",
         block(groups, ""),
-        "This page is made from the records in this folder, by rules in `reproduction/verdict.py` "
-        "and `reproduction/inference.py` that were written before the runs on CIFAR-100 ended. "
-        "A claim is *supported*, *contradicted*, *not distinguished* (tested without a clear "
-        "answer) or *not tested*. It is judged in each study when all planned runs that it needs "
-        "are in; its verdict is that of the study nearest to the paper's scale, CIFAR-100 for 200 "
-        f"epochs. Intervals are 95% intervals; tests are at {ALPHA:g}, corrected within a study.",
+        SUMMARY_END,
+        "This page is generated from the records in this folder, by rules in "
+        "`reproduction/verdict.py` and `reproduction/inference.py` that were written before the "
+        "runs on CIFAR-100 ended. A claim is *supported*, *contradicted*, *not distinguished* "
+        "(tested without a clear answer) or *not tested*. Each study judges it once all planned "
+        "runs that it needs are in, and its verdict is that of the study nearest to the paper's "
+        "scale, CIFAR-100 for 200 epochs. In the table above, brackets hold what fewer runs at a "
+        "larger scale show, which is not judged. Intervals are 95% intervals; tests are at "
+        f"{ALPHA:g}, corrected within a study.",
         "## Table 1, cell by cell",
         "Accuracy in points above AdamW; for AdamW itself in %. Only runs on CIFAR-100 judge a "
-        "cell: its direction is tested against 0, its size against the paper's less "
-        f"{markdown.count(int(MARGIN), 'point')}. AdamW's own accuracy can only be judged at the "
-        "paper's scale, `python reproduce.py --preset paper`. What digits show stands beside it.",
+        "cell: its direction is tested against 0, its size against the paper's minus "
+        f"{markdown.count(int(MARGIN), 'point')}. AdamW's own accuracy can be judged only at the "
+        "paper's scale, `python reproduce.py --preset paper`. The results on digits are shown for "
+        "comparison.",
         markdown.table(header, rows),
         "## The other claims, one by one",
     ]
@@ -468,14 +502,14 @@ def block(groups: Groups, prefix: str) -> str:
     """
     rows = [
         [
-            f"{MODELS[cell.model].label} on CIFAR-100: {cell.claimed:+.2f} points over AdamW",
+            f"{MODELS[cell.model].label} gains {cell.claimed:.2f} points on CIFAR-100",
             f"*{cell.verdict}*",
-            cell.cifar100,
+            cell.brief,
         ]
         for cell in cells(groups)
         if cell.method == "autoscale"
     ]
-    rows += [[claim.title, f"*{claim.verdict}*", claim.basis] for claim in claims(groups)]
+    rows += [[claim.short, f"*{claim.verdict}*", claim.basis] for claim in claims(groups)]
     lines = [
         f"**Does it help?** {helps(groups)}",
         f"**What does it do to the steps?** {acts(groups)}",
@@ -485,7 +519,7 @@ def block(groups: Groups, prefix: str) -> str:
     return "\n\n".join(
         [
             *lines,
-            markdown.table(["the paper's claim", "verdict", "from"], rows),
+            markdown.table(["the paper's claim", "verdict", "measured"], rows),
             f"![{caption}]({prefix}verdict.png)",
             *([f"[The verdict in full]({prefix}VERDICT.md)"] if prefix else []),
         ]
@@ -507,7 +541,7 @@ def helps(groups: Groups) -> str:
     ]
     missing = cell.contrast.comparison.missing if cell.contrast else 0
     text = (
-        f"Not known yet: of the runs on CIFAR-100 that decide it, {missing} are missing."
+        f"Not known yet: {missing} of the runs on CIFAR-100 that decide it are missing."
         if missing
         else f"Not known yet; on CIFAR-100: {cell.cifar100}."
     )
@@ -515,20 +549,20 @@ def helps(groups: Groups) -> str:
         clear = sum(each.significant for each in small)
         text += (
             f" On digits, a far smaller problem, {clear or 'none'} of {len(small)} differences "
-            f"from {small[0].labels[1]} {'is' if clear == 1 else 'are'} significant: "
+            f"from {small[0].labels[1]} {'are' if clear > 1 else 'is'} significant: "
         )
         text += ", ".join(
             f"{MODELS[each.group.model].label} {difference(each.comparison)}" for each in small
         )
-        text += f" points, corrected for {small[0].family} tests."
+        text += f" points ({small[0].family} tests, Holm-corrected)."
     return text
 
 
 def acts(groups: Groups) -> str:
     """What happens to the optimizer's steps, measured if it was."""
     text = (
-        "AdamW divides constant factors out, so only the centering and the change of the factor "
-        "over time act on its steps."
+        "AdamW cancels constant factors, so only the centering and the change of the factor over "
+        "time affect its steps."
     )
     for study in BY_SCALE:
         for each in groups[study]:
@@ -537,11 +571,11 @@ def acts(groups: Groups) -> str:
                 ratio, _, unexplained = effect(arms[0])
                 return (
                     f"{text} {MODELS[each.model].label}, {each.scale}: they are "
-                    f"x{ratio[0]:.2f} as long as AdamW's in the first epoch and x{ratio[-1]:.2f} "
-                    f"in the last, and {unexplained.mean():.0%} of them is not explained by any "
-                    "learning rate."
+                    f"{ratio[0]:.2f} times as long as AdamW's in the first epoch and "
+                    f"{ratio[-1]:.2f} times in the last, and no learning rate explains "
+                    f"{unexplained.mean():.0%} of them."
                 )
-    return f"{text} These runs did not measure how much that is; `measure_effect` does in yours."
+    return f"{text} These runs did not measure by how much; `measure_effect` does so in yours."
 
 
 def advice(groups: Groups) -> str:
@@ -552,7 +586,7 @@ def advice(groups: Groups) -> str:
         return f"No gain has been shown yet. If you try it, {own}."
     if contrast.equivalent:
         return (
-            "It makes no difference that matters here: the change is shown to be less than "
+            "It makes no difference that matters here: the change was shown to be less than "
             f"{markdown.count(int(MARGIN), 'point')}."
         )
     if cell.verdict == "supported":
@@ -563,7 +597,7 @@ def advice(groups: Groups) -> str:
         return f"Expect a smaller gain than the paper's; {own}."
     if cell.verdict == "contradicted":
         return "Do not expect the paper's gain: one of its size is ruled out at this scale."
-    return f"No gain is shown, and one of the paper's size is not ruled out; {own}."
+    return f"No gain was shown, and one of the paper's size is not ruled out; {own}."
 
 
 def draw(groups: Groups, folder: Path) -> None:
@@ -581,11 +615,12 @@ def draw(groups: Groups, folder: Path) -> None:
                 arm = each.group.arms["autoscale"]
                 recipe = same_results(next(iter(arm.runs.values())).experiment)
                 if recipe not in seen:
-                    label = f"{MODELS[each.group.model].label}, {each.group.scale}, "
-                    label += f"{method_label('none', each.group.optimizer)}, n = {estimate.n}"
+                    plain = method_label("none", each.group.optimizer)
+                    label = f"{MODELS[each.group.model].label}, {plain}\n"
+                    label += f"{each.group.scale}, n = {estimate.n}"
                     rows.append((label, each))
                 seen.add(recipe)
-    with figures.figure_of(folder / "verdict", (7.5, 1.1 + 0.3 * max(len(rows), 1))) as figure:
+    with figures.figure_of(folder / "verdict", (5, 1.2 + 0.4 * max(len(rows), 1))) as figure:
         forest(figure, rows)
 
 
@@ -611,10 +646,10 @@ def forest(figure: Figure, rows: Sequence[tuple[str, Contrast]]) -> None:
             paper.append((claimed["autoscale"] - claimed["none"], place))
     if paper:
         x, y = zip(*paper, strict=True)
-        axes.plot(x, y, "D", color="black", fillstyle="none", label="the paper: CIFAR-100, one run")
+        axes.plot(x, y, "D", color="black", fillstyle="none", label="the paper, CIFAR-100")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("test accuracy, Autoscale minus the plain optimizer, points")
+    axes.set_xlabel("test accuracy, Autoscale minus plain, points")
     if rows:
         figure.legend(loc="outside upper center", ncols=2)

@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices; strict dtype promotion is opted into where it is tested."""
+"""Every test sees eight CPU devices; tests of strict dtype promotion opt into it."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""The paper's equations in float64 NumPy, on lists of arrays: what the library is compared with."""
+"""The paper's equations in float64 NumPy, on lists of arrays, as a reference for the library."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A method and a model, added exactly as CONTRIBUTING.md says, go through a study to its report."""
+"""A method and a model, added exactly as in CONTRIBUTING.md, run in a study and its report."""
 
 import json
 import os

@@ -1,7 +1,8 @@
-"""Whole programs that meet accidents: each ends in one line, or goes on, and nothing is lost."""
+"""Accidents of whole programs: each ends with a one-line message, or continues; nothing is lost."""
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,11 +138,14 @@ def test_auto_resume_starts_continues_and_leaves_a_finished_run(tmp_path):
     process.communicate()
     stdout, _ = finish(start(*command, folder=tmp_path))
     assert epochs(out) == [1, 2, 3]
-    last = stdout.splitlines()[-1]
-    assert last.startswith(f"{out.relative_to(tmp_path)} is finished: it holds the records of 3 ep")
+    *_, result, pictures = stdout.splitlines()
+    assert re.fullmatch(r"Test accuracy \d+\.\d\d% after 3 epochs in 0:\d\d:\d\d", result)
+    assert pictures.startswith(f"Pictures: {out.relative_to(tmp_path)}/")
 
     before = {path: path.read_bytes() for path in (out / "metrics.jsonl", out / "curves.png")}
-    assert finish(start(*command, folder=tmp_path))[0] == f"{last}\n"
+    again, *end = finish(start(*command, folder=tmp_path))[0].splitlines()
+    assert again.startswith(f"{out.relative_to(tmp_path)} has finished already; ")
+    assert end == [result, pictures]
     assert {path: path.read_bytes() for path in before} == before
 
     _, stderr = finish(start("--epochs", "3", folder=tmp_path), returncode=1)
@@ -157,7 +161,7 @@ def test_make_train_resumes():
 
 
 def refused(args: list[str], monkeypatch) -> str:
-    """What is said of a run that ends before it begins."""
+    """The message of a run that fails before it starts."""
     monkeypatch.setattr(sys, "argv", ["train.py", *ARGS, *args])
     with pytest.raises(SystemExit) as stopped:
         train.main()

@@ -1,4 +1,4 @@
-"""The examples learn what they set out to learn."""
+"""The examples train successfully."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""Two processes on one run, and on one study: nothing is made twice, and nothing is lost."""
+"""Two processes on one run, and on one study: no work is duplicated, and none is lost."""
 
 import json
 import os
@@ -186,7 +186,7 @@ def made(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The study as one process makes it."""
+    """The study, run by a single process."""
     folder = tmp_path_factory.mktemp("alone")
     stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=folder))
     assert made(stdout) == NAMES

@@ -1,4 +1,4 @@
-"""What is built is the library and nothing else, and says of itself what is true."""
+"""The distributions contain the library and nothing else, and their metadata are correct."""
 
 import os
 import re
@@ -113,7 +113,7 @@ def test_readme_states_the_lowest_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = project["dependencies"] + project["optional-dependencies"]["train"]
     bounds = dict(line.split(">=") for line in ["python" + project["requires-python"], *required])
-    (row,) = re.findall(r"^\| lowest,.*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (row,) = re.findall(r"^\| lowest,.*", (ROOT / "docs/quickstart.md").read_text(), re.MULTILINE)
     stated = re.findall(r" ([\d.]+) ", row)
     for package, version in zip(("python", "jax", "optax", "flax"), stated, strict=True):
         assert f"{version}.".startswith(f"{bounds[package]}."), package

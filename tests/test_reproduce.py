@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
     process = start(broken)
     wait_for(broken / "runs" / "vit" / NAMES[1] / "metrics.jsonl", 1, process)
     process.send_signal(signal.SIGTERM)
-    assert "the same command continues" in finish(process, 128 + signal.SIGTERM)
+    assert "run the same command again to continue" in finish(process, 128 + signal.SIGTERM)
     finish(start(broken))
     for name in NAMES:
         assert records(broken, name) == records(whole, name)
@@ -129,7 +128,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
 def test_hours_are_kept(tmp_path):
     begin = time.monotonic()
     output = finish(start(tmp_path, "--hours", "0.0001"), 128 + signal.SIGTERM)
-    assert "the same command continues" in output
+    assert "run the same command again to continue" in output
     assert time.monotonic() - begin < 120
     assert "Traceback" not in output
 
@@ -139,7 +138,10 @@ def test_hours_are_kept(tmp_path):
     [
         (["--hours", "0"], "--hours is 0.0; it must be positive"),
         (["--seeds", "-1"], "--seeds is -1; it must be positive"),
-        (["--results", "file"], "cannot be made: Not a directory; give another folder with --res"),
+        (
+            ["--results", "file"],
+            "cannot be created: Not a directory; give another folder",
+        ),
         (["--report"], "holds no records; make them with reproduce.py --preset digits"),
     ],
 )

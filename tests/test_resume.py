@@ -1,4 +1,4 @@
-"""A run that is stopped in any way and continued ends as one that never was."""
+"""A run that is interrupted in any way and resumed ends like an uninterrupted one."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def reference_here(tiny, tmp_path_factory) -> Path:
-    """The same in this process: its threads are others, and so is the rounding."""
+    """The same in this process, whose threads, and so rounding, differ."""
     out = tmp_path_factory.mktemp("reference") / "run"
     tiny(out)
     return out

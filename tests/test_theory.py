@@ -102,7 +102,7 @@ def noisy_runs(h, step_sizes, batch_size, runs=200):
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_theorem_2_holds_for_one_scale_factor(batch_size):
-    """Equation 4 takes eta * a_t out of the sum over t, and so supposes that it is constant."""
+    """Equation 4 moves eta * a_t out of the sum over t, and so assumes that it is constant."""
     steps, step_size = 40, 0.5 / BETA
     norms, final = noisy_runs(VARIED, [step_size] * steps, batch_size)
     bound = 2 / (steps * step_size) * (loss(START, VARIED) - final)
@@ -132,10 +132,10 @@ def test_theorem_2_is_an_equality_at_the_largest_step_on_the_roundest_loss():
     assert abs(slack) < 5 * error
 
 
-def test_centring_turns_the_gradient_of_the_bound_into_the_centred_gradient():
-    """Centring is an orthogonal projection P: <grad, P grad> = |P grad|^2, and noise only shrinks.
+def test_centring_turns_the_gradient_of_the_bound_into_the_centered_gradient():
+    """Centering is an orthogonal projection P: <grad, P grad> = |P grad|^2, and noise only shrinks.
 
-    Lemma 1 then bounds the descent by the centred gradient, which is 0 at more points than the
+    Lemma 1 then bounds the descent by the centered gradient, which is 0 at more points than the
     gradient is: those where all entries of a layer's gradient are equal.
     """
     w = START + 0.01
@@ -144,8 +144,8 @@ def test_centring_turns_the_gradient_of_the_bound_into_the_centred_gradient():
         jax.vmap(lambda grad: autoscale().update(grad, autoscale().init(None)))
     )(jnp.asarray(grads, jnp.float32))
     a = np.asarray(state.scale_factor).reshape(-1, 1, 1)
-    centred = np.asarray(updates) / a
-    measured, error = mean_and_error(loss(w - centred / BETA, VARIED))
+    centered = np.asarray(updates) / a
+    measured, error = mean_and_error(loss(w - centered / BETA, VARIED))
     bound = loss(w, VARIED) - SHAPE[0] * SHAPE[1] / 2 * np.var(VARIED * w) + SIGMA**2 / 32
     assert measured + 5 * error < bound
 
@@ -154,7 +154,7 @@ def test_centring_turns_the_gradient_of_the_bound_into_the_centred_gradient():
 
 
 def test_with_many_entries_the_scale_factor_hardly_depends_on_the_noise():
-    """Read off the sample, a_t spreads by less than p / |ln s| / sqrt(2 N), here 2.4 %."""
+    """Computed from the sample, a_t varies by less than p / |ln s| / sqrt(2 N), here 2.4 %."""
     grads = VARIED * START + noise(3, 16, 1000)
     updates, a = scaled(grads)
     assert 0.005 < a.std() / a.mean() < 2 / 4.3 / np.sqrt(2 * START.size)

@@ -1,8 +1,9 @@
-"""Whole runs of `train.py`, and what they leave behind."""
+"""Whole runs of `train.py`, and their output."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -23,6 +24,7 @@ from training.augmentation import normalize
 from training.lock import LOCK
 from training.optimizers import METHODS, OPTIMIZERS
 from training.record import read_records
+from training.run_folder import finished_records
 from training.saved_model import load_model
 
 pytestmark = pytest.mark.slow
@@ -50,7 +52,7 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, str]:
-    """A short run of the real thing, by hand of the command line, and what it printed."""
+    """A short real run from the command line, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "short"
     args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--effect", "--out", str(out)]
     done = command(*args)
@@ -111,7 +113,7 @@ def test_tensorboard_has_the_records(run):
     for record in read_records(folder):
         epoch = record["epoch"]
         assert scalars["test/accuracy", epoch] == pytest.approx(record["test_accuracy"])
-        assert scalars["gradients/scale_factor", epoch] == pytest.approx(record["scale_factor"])
+        assert scalars["autoscale/scale_factor", epoch] == pytest.approx(record["scale_factor"])
         for name in ("update_norm_ratio", "update_cosine"):
             assert scalars[f"effect/{name}", epoch] == pytest.approx(record[name])
         for layer, std in record["layer_std"].items():
@@ -163,6 +165,31 @@ def test_what_is_printed(run):
     for line, record in zip(lines[2:4], read_records(folder), strict=True):
         assert f"{record['test_accuracy']:.2%}" in line
         assert f"{record['train_loss']:.4f}" in line
+    accuracy = read_records(folder)[-1]["test_accuracy"]
+    assert re.fullmatch(rf"Test accuracy {accuracy:.2%} after 2 epochs in \d:\d\d:\d\d", lines[4])
+    assert lines[5:] == [f"Pictures: {folder}/{{curves,gradients,layers}}.png"]
+
+
+def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
+    folder, printed = run
+    monkeypatch.setattr(data, "load", None)  # called by all that trains
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(folder)])
+    train.main()
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"{folder} has finished already; with more --epochs it is trained further"
+    assert others == printed.splitlines()[-2:]
+
+
+@pytest.mark.parametrize("missing", ["parameters", "layers.png"])
+def test_a_run_has_finished_once_all_is_newer_than_its_records(run, missing, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    assert finished_records(folder, 2) == read_records(folder)
+    assert finished_records(folder, 3) == []
+    last = (folder / "metrics.jsonl").stat().st_mtime
+    os.utime(folder / missing, (last - 1, last - 1))
+    assert finished_records(folder, 2) == []
+    (folder / missing).rename(tmp_path / "away")
+    assert finished_records(folder, 2) == []
 
 
 def test_a_second_run_into_the_same_folder_touches_nothing(run):
@@ -268,7 +295,7 @@ def test_wandb_has_the_records(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *args])
     train.main()
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"gradients/scale_factor" in file.read_bytes()
+    assert b"autoscale/scale_factor" in file.read_bytes()
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
-"""What `train.py --list` shows: the data sets, models, methods and optimizers known by name."""
+"""What `train.py --list` prints: the data sets, models, methods and optimizers by name."""
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +15,10 @@ from training.optimizers import METHODS, OPTIMIZERS
 
 
 def show_choices(dataset: str) -> None:
-    """Prints a line about each; models have the number of parameters for `dataset`."""
+    """Prints a line about each; models with their number of parameters for `dataset`.
+
+    In a terminal the lines are wrapped.
+    """
     spec = DATASETS[dataset]
     make = {
         name: partial(model.make, num_classes=spec.num_classes, channels=len(spec.mean))
@@ -37,10 +43,15 @@ def show_choices(dataset: str) -> None:
             for name, optimizer in OPTIMIZERS.items()
         },
     }
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for option, choices in options.items():
         print(f"--{option}")
+        longest = max(map(len, choices))
         for name, text in choices.items():
-            print(f"  {name:{max(map(len, choices))}}  {text}")
+            start = f"  {name:{longest}}  "
+            print(
+                textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start))
+            )
 
 
 def number_of_parameters(make: Callable[..., nnx.Module]) -> int:

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 as TensorFlow Datasets, prepared and read without TensorFlow.
 
-The stock builders of TensorFlow Datasets have TensorFlow extract the archive, read it and encode
-the images. Those below have the same names and version and write the same records, so a folder
-that either prepared is read by both.
+The stock builders of TensorFlow Datasets use TensorFlow to extract the archive, to read it and to
+encode the images. Those below have the same names and version and write the same records, so each
+reads a folder that the other prepared.
 """
 
 import io

@@ -1,7 +1,9 @@
 """What a run is and how it is launched: the options of `train.py`, and the recipe behind them."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import itertools
 import json
 import math
@@ -12,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
+    Annotated,
     Any,
     Literal,
     NamedTuple,
     TypeAlias,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -48,17 +52,17 @@ class Experiment:
     """What is trained and how: recorded with the results, and the same when a run is resumed."""
 
     dataset: DatasetName = "digits"
-    """Data set. CIFAR is looked for in --data-dir, and downloaded there if it is missing."""
+    """Data set; CIFAR is read from --data-dir, or downloaded there if it is missing."""
     model: ModelName = "resnet20"
     """Network."""
     method: MethodName = "autoscale"
-    """What is done to the gradients before the optimizer; --list describes each."""
+    """What transforms the gradients before the optimizer; --list describes each."""
     optimizer: OptimizerName = "adamw"
     """Optimizer; --list describes each."""
     epochs: int = 20
-    """Number of passes over the training images; a resumed run may be given more."""
+    """Number of passes over the training images; a resumed run may have more."""
     batch_size: int = 64
-    """Images per step. The incomplete last batch of an epoch is dropped."""
+    """Images per step; the incomplete last batch of an epoch is dropped."""
     learning_rate: float = 1e-3
     """Learning rate at the start."""
     decay_epochs: float = 30.0
@@ -68,23 +72,23 @@ class Experiment:
     weight_decay: float = 5e-5
     """Weight decay: decoupled with adamw, an L2 penalty with adam and sgd."""
     label_smoothing: float = 0.1
-    """Probability mass of the training labels that is spread over all classes."""
+    """Share of each training label that is spread evenly over all classes."""
     cutmix_probability: float = 0.0
     """Probability that CutMix mixes a batch."""
     tag: str = ""
-    """Ends the name of the run, to tell variants apart."""
+    """Suffix of the run's name, to tell variants apart."""
     seed: int = 0
-    """Seed of everything random: initial parameters, batches, augmentation, --train-size."""
+    """Random seed of initial parameters, batches, augmentation and --train-size."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's computations; parameters and statistics are float32."""
     train_size: int | None = None
-    """Number of training images to use, equally many of each class (default: all)."""
+    """Number of training images to use, the same of each class (default: all)."""
     effect: bool = False
-    """Measure how each step differs from the plain optimizer's on the same gradients."""
+    """Measure how each update differs from the plain optimizer's on the same gradients."""
 
     @property
     def name(self) -> str:
-        """What the run is called, and by default its folder."""
+        """The run's name, and by default its folder's."""
         it = self
         name = f"{it.dataset}-{it.model}-{it.method}-{it.optimizer}-seed{it.seed}"
         return f"{name}-{it.tag}" if it.tag else name
@@ -120,32 +124,32 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where and on what a run takes place; may change whenever it is resumed."""
+    """Where a run is stored and on what it runs; may change whenever it is resumed."""
 
     out: Path | None = None
     """Folder of the run (default: runs/<dataset>-<model>-<method>-<optimizer>-seed<k>)."""
     resume: bool = False
     """Resume from the latest checkpoint in --out, with the options of that run."""
     auto_resume: bool = False
-    """Resume if there is a run in --out, and start it otherwise."""
+    """Resume the run in --out if there is one, start it otherwise."""
     data_dir: Path | None = None
-    """Folder of TensorFlow Datasets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    """Folder of the TensorFlow Datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)."""
     checkpoint_minutes: float = 1.0
     """Write a checkpoint every this many minutes, and at the end."""
     wandb: bool = False
-    """Send the records to Weights & Biases as well."""
+    """Log to Weights & Biases as well."""
     fsdp: bool = False
-    """Shard parameters and optimizer state over the devices, not only the batch."""
+    """Shard the parameters and the optimizer state over the devices, not only the batch."""
     coordinator: str | None = None
-    """Address (host:port) of process 0, for a run of several processes that no cluster started."""
+    """Address (host:port) of process 0, for several hosts without a cluster that JAX detects."""
     num_processes: int | None = None
-    """Number of processes, with --coordinator."""
+    """Number of processes; needs --coordinator."""
     process_id: int | None = None
-    """Id of this process, from 0, with --coordinator."""
+    """Id of this process, from 0; needs --coordinator."""
     list: bool = False
-    """Describe the data sets, models, methods and optimizers, and exit."""
+    """Describe the data sets, models, methods and optimizers, then exit."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the full traceback of an error."""
 
     def validate(self) -> None:
         """Raises ValueError if an option is impossible, with its value and what it may be."""
@@ -172,15 +176,31 @@ class Launch:
 
 
 class Options(NamedTuple):
-    """Trains one model with one gradient method, and records what its gradients do.
+    """Train one model with one gradient method, and record what its gradients do.
 
-    For CIFAR the defaults are the paper's recipe, as we read it: see docs/readings.md.
+    The defaults shown are those of the chosen --dataset and --optimizer; for CIFAR they are the
+    paper's recipe, as docs/readings.md reads it.
     """
 
     experiment: Experiment = Experiment()
     launch: Launch = Launch()
 
 
+# The groups of the command line's options, as --help shows them.
+GROUPS = {
+    "data": ("dataset", "data_dir", "train_size"),
+    "model": ("model", "precision"),
+    "recipe": (
+        *("method", "optimizer", "epochs", "batch_size", "learning_rate", "decay_epochs"),
+        *("warmup_epochs", "weight_decay", "label_smoothing", "cutmix_probability"),
+    ),
+    "run": (
+        *("out", "tag", "seed", "resume", "auto_resume", "checkpoint_minutes"),
+        *("effect", "wandb", "list", "debug"),
+    ),
+    "device": ("fsdp", "coordinator", "num_processes", "process_id"),
+}
+ALIASES = {"batch_size": ("-b",), "learning_rate": ("--lr",), "weight_decay": ("--wd",)}
 # Options that experiments written by an earlier version may lack.
 LATER = ("warmup_epochs", "tag", "effect")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -196,10 +216,10 @@ def run_folder(experiment: Experiment, launch: Launch) -> Path:
 
 
 def recipe(dataset: DatasetName = "digits", optimizer: OptimizerName = "adamw") -> Experiment:
-    """The defaults: for CIFAR the paper's recipe, for digits what takes a minute on a CPU.
+    """The defaults: for CIFAR the paper's recipe, for digits one that takes a minute on a CPU.
 
     The recipe is that of section 5 as we read it. `docs/readings.md`, *What the paper leaves to the
-    reader*, has the other readings and how to try each.
+    reader*, has the other readings and how to try each of them.
     """
     experiment = Experiment(
         dataset, optimizer=optimizer, learning_rate=OPTIMIZERS[optimizer].learning_rate
@@ -232,8 +252,54 @@ def parse(args: Sequence[str] | None = None) -> Options:
 
 
 def _parse(args: Sequence[str], default: Options) -> Options:
-    flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(Options, args=args, default=default, description=Options.__doc__, config=flat)
+    kinds: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    for each in (Experiment, Launch):
+        kinds |= get_type_hints(each)
+        texts |= _field_docstrings(each)
+    values = vars(default.experiment) | vars(default.launch)
+
+    def field(name: str) -> tuple[str, Any, Any]:
+        about = tyro.conf.arg(
+            help=texts[name], aliases=ALIASES.get(name), help_behavior_hint=default_hint
+        )
+        return name, Annotated[kinds[name], about], values[name]
+
+    # tyro makes a group of each dataclass.
+    groups = [
+        (title, dataclasses.make_dataclass(title, map(field, names), frozen=True))
+        for title, names in GROUPS.items()
+    ]
+    command_line = dataclasses.make_dataclass(
+        "CommandLine", [(title, kind, kind()) for title, kind in groups]
+    )
+    given = tyro.cli(
+        command_line,
+        args=args,
+        description=inspect.getdoc(Options),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+    )
+    chosen = {name: value for group in vars(given).values() for name, value in vars(group).items()}
+    experiment, launch = (
+        {name: chosen[name] for name in vars(part)} for part in (default.experiment, default.launch)
+    )
+    return Options(Experiment(**experiment), Launch(**launch))
+
+
+def default_hint(default: str) -> str:
+    """What --help says of a default; nothing of one that turns the option off."""
+    return "" if default in ("None", "False", "''", "") else f"(default: {default})"
+
+
+def _field_docstrings(kind: type) -> dict[str, str]:
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    return {
+        ast.unparse(field.target): inspect.cleandoc(ast.literal_eval(text.value))
+        for field, text in itertools.pairwise(cast(ast.ClassDef, definition).body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 def save(folder: Path, experiment: Experiment, launch: Launch, **description: Any) -> None:
@@ -261,26 +327,26 @@ def load(folder: Path) -> Experiment:
             return experiment_of(description["config"])
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: {error}; put a copy of it there and resume, or start the run "
-            "again with another --out"
+            f"{path} is damaged: {error}; put back a copy of it, or start the run again with "
+            "another --out"
         ) from error
     version = "an earlier" if schema == 1 else "another"
     commit = description.get("commit")
     raise ValueError(
-        f"{path} is of {version} version of train.py, and its run cannot be resumed by this one; "
+        f"{path} was written by {version} version of train.py, and this one cannot resume its run; "
         "start it again with another --out"
         + (f", or resume it with the sources of commit {commit}" if commit else "")
     )
 
 
 def experiment_of(options: Any) -> Experiment:
-    """The experiment that has been written as JSON.
+    """The experiment that was written as JSON.
 
     Args:
-      options: what `dataclasses.asdict` made of it, after JSON.
+      options: the result of `dataclasses.asdict`, as JSON gives it back.
 
     Returns:
-      The experiment; options that came later than it have their defaults.
+      The experiment; options that were added after it was written have their defaults.
 
     Raises:
       ValueError: if an option is missing, unknown, of the wrong type or impossible.
@@ -335,7 +401,7 @@ def option(name: str) -> str:
 
 
 def check_path(name: str, path: Path) -> None:
-    """Raises ValueError if a library that takes paths as UTF-8 would look for one elsewhere."""
+    """Raises ValueError for a path that is not UTF-8, which some libraries would misread."""
     path = path.absolute()
     if os.fsencode(path) != str(path).encode(errors="replace"):
         raise ValueError(f"{option(name)} is {str(path)!r}, which is not UTF-8; choose another")

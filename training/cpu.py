@@ -11,13 +11,13 @@ import jax
 def use_cores(batch_size: int) -> None:
     """Makes a CPU of several cores appear as two devices, between which a step splits its batch.
 
-    XLA keeps one device's cores idle while it runs what it has not made parallel; more than two
-    devices would each hold the data once more. Call it before JAX is first used. Nothing changes
-    where the number of devices was chosen already, by `jax_num_cpu_devices` or in `XLA_FLAGS`, or
-    where the computation is on another device.
+    With a single device, XLA leaves all cores but one idle during operations that it does not
+    parallelize; more than two devices would hold as many copies of the data. Call it before JAX is
+    first used. It changes nothing if the number of devices is set already, by `jax_num_cpu_devices`
+    or in `XLA_FLAGS`, or if the computation is on another device.
 
     Args:
-      batch_size: where it is odd, nothing changes either.
+      batch_size: if it is odd, nothing is changed either.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = cast(Any, jax.config).jax_num_cpu_devices != -1
@@ -26,14 +26,14 @@ def use_cores(batch_size: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if (cores or 1) > 1 and batch_size % 2 == 0:
         jax.config.update("jax_num_cpu_devices", 2)
-        # XLA aborts where one device waits 40 s for the other, as it does when the process sleeps.
+        # XLA aborts once one device has waited 40 s for the other, as after the process has slept.
         timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
         if timeout not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {timeout}={24 * 3600}"
 
 
 def keep_memory() -> None:
-    """Keeps freed memory for the next step, where the C library is glibc.
+    """Keeps freed memory for the next step, if the C library is glibc.
 
     XLA allocates the temporary arrays of a step at its start and frees them at its end. glibc would
     return blocks of that size to the system, which then fills every page with zeros again. Call it

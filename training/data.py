@@ -1,7 +1,7 @@
 """The data sets, as arrays in the host's memory.
 
-CIFAR is read from a folder of TensorFlow Datasets, and downloaded and prepared there where it is
-missing. To do that beforehand, on a machine with a network:
+CIFAR is read from a folder of TensorFlow Datasets, and downloaded and prepared there if it is
+missing. To do that beforehand, on a machine with network access:
 
     python -m training.data cifar100 --data-dir ~/tensorflow_datasets
 """
@@ -12,7 +12,7 @@ import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -22,7 +22,7 @@ class DatasetSpec(NamedTuple):
     """A data set that `train.py` offers by name."""
 
     label: str  # in titles, tables and figures
-    description: str  # what `train.py --list` says of it
+    description: str  # in `train.py --list`
     num_train: int  # training images
     image_size: int  # height and width in pixels
     num_classes: int
@@ -30,7 +30,7 @@ class DatasetSpec(NamedTuple):
     std: tuple[float, ...]  # likewise
 
 
-# CIFAR's constants are the customary ones; those of CIFAR-100 are up to 0.0002 off.
+# CIFAR's constants are the customary ones; CIFAR-100's differ from the exact ones by up to 0.0002.
 DATASETS = {
     "digits": DatasetSpec(
         *("digits", "scikit-learn's handwritten digits, nothing to download"),
@@ -83,18 +83,18 @@ def load(
 ) -> Dataset:
     """Loads a data set.
 
-    - `"digits"`: the handwritten digits that scikit-learn brings along, enlarged from 8x8 to
-      16x16; one channel, 10 classes, 1,437 training and 360 test images, split once and for all.
+    - `"digits"`: scikit-learn's bundled handwritten digits, enlarged from 8x8 to 16x16; one
+      channel, 10 classes, a fixed split into 1,437 training and 360 test images.
     - `"cifar10"`, `"cifar100"`: 32x32, three channels, 10 or 100 classes, 50,000 training and
       10,000 test images.
 
     Args:
       name: one of the above.
-      data_dir: the folder of TensorFlow Datasets that holds CIFAR; downloaded to (170 MB) where it
-        does not. Default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-      train_size: how many training images to keep, as equally many of each class as there are.
-        A larger choice contains a smaller one of the same seed. Default: all.
-      seed: decides which ones.
+      data_dir: the folder of the TensorFlow Datasets; CIFAR is downloaded there (170 MB) if it is
+        missing. Default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      train_size: the number of training images to keep, balanced over the classes. With the same
+        seed, a larger subset contains a smaller one. Default: all.
+      seed: of the choice of images.
 
     Returns:
       The data set. `mean` and `std` are those of all training images, whatever `train_size`.
@@ -107,6 +107,19 @@ def load(
         raise DataError(f"there is no data set {name!r}, only {', '.join(DATASETS)}")
     dataset = _digits() if name == "digits" else _cifar(name, data_dir)
     return dataset if train_size is None else _subset(dataset, name, train_size, seed)
+
+
+def random_dataset(name: str) -> Dataset:
+    """Random images and labels in the shapes of a data set; to measure speed without one."""
+    spec = DATASETS[name]
+    rng = np.random.default_rng(0)
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = (count, spec.image_size, spec.image_size, len(spec.mean))
+        images = rng.integers(0, 256, shape, np.uint8)
+        return images, rng.integers(0, spec.num_classes, count, np.int32)
+
+    return _described(name, *split(spec.num_train), *split(spec.num_train // 5))
 
 
 def _digits() -> Dataset:
@@ -176,13 +189,15 @@ def _subset(dataset: Dataset, name: str, train_size: int, seed: int) -> Dataset:
     )
 
 
-def main(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
-    """Loads a data set, downloading and preparing it where it is missing.
+def main(
+    name: tyro.conf.Positional[str],
+    data_dir: Annotated[str | None, tyro.conf.arg(help_behavior_hint="")] = None,
+) -> None:
+    """Load a data set, and download and prepare it if it is missing.
 
     Args:
       name: digits, cifar10 or cifar100.
-      data_dir: the folder of TensorFlow Datasets; default $TFDS_DATA_DIR, else
-        ~/tensorflow_datasets.
+      data_dir: folder (default: $TFDS_DATA_DIR or ~/tensorflow_datasets).
     """
     try:
         dataset = load(name, data_dir)
@@ -195,4 +210,4 @@ def main(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m training.data", config=(tyro.conf.DisallowNone,))

@@ -23,12 +23,12 @@ SMALLEST_SHARDED = 1024  # entries; smaller arrays are not worth a gather
 
 
 def start_processes(launch: Launch) -> None:
-    """Joins the other processes of a run, as the options or the cluster (Slurm, TPU, ...) tell."""
+    """Joins the other processes of a run, given by the options or by a cluster that JAX detects."""
     options = (launch.coordinator, launch.num_processes, launch.process_id)
     try:
         jax.distributed.initialize(*options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
-        # JAX's ways of saying that there is no cluster, or that its arrays are in use already.
+        # JAX's messages if there is no cluster, or if this process has used JAX already.
         alone = ("coordinator_address should be defined", "must be called before any JAX calls")
         if options != (None, None, None) or not any(text in str(error) for text in alone):
             raise
@@ -39,10 +39,10 @@ def start_processes(launch: Launch) -> None:
 
 
 def explain_an_early_end() -> None:
-    """Lets a small process say what to do, should this one die before it exits by itself.
+    """Has a small process say what to do if this one dies before it exits by itself.
 
-    When process 0 dies, JAX aborts the others: no code of theirs runs any more, and a trace is the
-    last that is read.
+    When process 0 dies, JAX aborts the others: none of their code runs any more, and the last thing
+    printed would be a stack trace.
     """
     advice = (
         f"{_name()}: terminated early, most often because another process stopped; "
@@ -52,16 +52,16 @@ def explain_an_early_end() -> None:
         [sys.executable, "-c", "import sys; sys.stdin.read() or sys.exit(sys.argv[1])", advice],
         stdin=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is not meant for it
+        start_new_session=True,  # so that Ctrl-C does not reach it
     )
     atexit.register(watcher.communicate, "exited")
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """In a run of several processes, an error ends this one at once, after its message.
+    """In a run of several processes, an error prints its message and ends this one at once.
 
-    An ordinary exit would wait for the others, which may be gone, or wait for this one.
+    An ordinary exit would wait for the others, which may be gone, or be waiting for this one.
     """
     try:
         yield
@@ -131,7 +131,7 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def on_first_process(make: Callable[[], T]) -> T | None:
-    """Calls `make` in the first process only, and fails in all of them if it fails there."""
+    """Calls `make` in the first process only; if it fails there, all processes fail."""
     result, error = None, None
     if is_first_process():
         try:

@@ -1,23 +1,31 @@
 """What a run shows: a table and a live view in a terminal, plain lines elsewhere."""
 
+import contextlib
 import math
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from statistics import mean, median
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
 from training.config import Experiment
 from training.record import Record
 
 PLAIN_INTERVAL = 30.0  # seconds between lines within an epoch, where there is no terminal
-WIDTH = 44  # columns of the bar, and of the curves below it
+WIDTH = 44  # columns of the bars, and of the curves below them
 
 
 class Display:
@@ -26,7 +34,8 @@ class Display:
     Args:
       experiment: what is trained.
       steps_per_epoch: the number of steps in each epoch.
-      evaluation: how long one takes, in steps, for a start.
+      evaluation: how long an evaluation takes, in steps; the time left is estimated with it until
+        the first one is done.
       quiet: whether to show nothing.
     """
 
@@ -37,14 +46,30 @@ class Display:
         self._batch_size = experiment.batch_size
         self._steps_per_epoch = steps_per_epoch
         self._steps = experiment.epochs * steps_per_epoch
+        self._evaluation = evaluation
         self._done = 0
-        self._clock = Clock(experiment.epochs, steps_per_epoch, evaluation)
         self._effect = experiment.effect
         self._curves = {
             name: Curve() for name in ("loss", "gradient std", "scale factor", "norm ratio")
         }
         self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
-        self._levels = "▁▂▃▄▅▆▇█" if self._console.encoding.startswith("utf") else "_.-:=+*#"
+        self._is_live = self._console.is_interactive and not quiet
+        unicode = self._console.encoding.startswith("utf")
+        self._levels = "▁▂▃▄▅▆▇█" if unicode else "_.-:=+*#"
+        self._spinner = "dots" if unicode else "line"
+        longest = (
+            f"step {steps_per_epoch}/{steps_per_epoch}",
+            f"epoch {self._epochs}/{self._epochs}",
+        )
+        self._label = Column(width=max(14, *map(len, longest)), no_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=self._label),
+            BarColumn(WIDTH),
+            _Note(),
+            console=self._console,
+            speed_estimate_period=math.inf,  # the mean over the last 1,000 steps
+            get_time=time.monotonic,
+        )
         self._live = Live(console=self._console, get_renderable=self._view)
 
     def __enter__(self) -> Self:
@@ -56,6 +81,26 @@ class Display:
     def say(self, text: str, style: str = "") -> None:
         """Prints a line above the live view."""
         self._console.print(text, style=style, markup=False)
+
+    @contextlib.contextmanager
+    def compiling(self, text: str) -> Iterator[None]:
+        """Prints that the program is being compiled; in a terminal, shows for how long.
+
+        Args:
+          text: begins the line.
+        """
+        self.say(f"{text}, compiling ...")
+        spinner = Progress(
+            SpinnerColumn(self._spinner),
+            TextColumn("compiling"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._is_live,
+        )
+        with spinner:
+            spinner.add_task("")
+            yield
 
     def start(self, step: int, records: Sequence[Record]) -> None:
         """Starts the clock after `step` steps, and the table that `epoch` adds to.
@@ -69,12 +114,22 @@ class Display:
             keys = ("train_loss", "global_std", "scale_factor", "update_norm_ratio")
             self._add(first, *(record[key] for key in keys))
         self._done = step
-        self._clock.start(step)
+        # In units of a step, so that the speed and the time left count the evaluations too.
+        self._run = self._progress.add_task(
+            "epoch",
+            total=self._completed(self._steps, self._epochs),
+            note=lambda task: f"{self._left()} left",
+        )
+        self._progress.update(self._run, completed=self._completed(step, len(records)))
+        self._epoch = self._progress.add_task("step", total=self._steps_per_epoch, note=self._speed)
+        self._evaluating = self._progress.add_task(
+            "evaluating", total=None, visible=False, note=_elapsed
+        )
         self._last_line = time.monotonic()
         header = "epoch  train loss  test loss  accuracy  grad std   scale  "
         last = "ratio  cosine" if self._effect else "images/s"
         self.say(f"{header}{last}     left", "bold")
-        if self._console.is_terminal and not self._console.quiet:
+        if self._is_live:
             self._live.start()
 
     def step(
@@ -87,19 +142,38 @@ class Display:
     ) -> None:
         """Shows that step `step` of the run is done, and what it measured."""
         self._done = step
-        self._clock.step(step)
+        epoch, in_epoch = divmod(step - 1, self._steps_per_epoch)
+        if in_epoch == 0:
+            self._progress.reset(self._epoch)
+        self._progress.update(
+            self._run,
+            completed=self._completed(step, epoch),
+            description=f"epoch {epoch + 1}/{self._epochs}",
+        )
+        self._progress.update(
+            self._epoch,
+            completed=in_epoch + 1,
+            description=f"step {in_epoch + 1}/{self._steps_per_epoch}",
+        )
         self._add(step, loss, global_std, scale_factor, norm_ratio)
         now = time.monotonic()
-        if not self._live.is_started and now - self._last_line > PLAIN_INTERVAL:
+        if not self._is_live and now - self._last_line > PLAIN_INTERVAL:
             self._last_line = now
             measured = "  ".join(f"{name} {text}" for name, text in self._latest().items())
-            epoch = (step - 1) // self._steps_per_epoch + 1
             self.say(
-                f"epoch {epoch}, step {step}/{self._steps}: {measured}  {self._clock.left()} left"
+                f"epoch {epoch + 1}, step {step}/{self._steps}: {measured}  {self._left()} left"
             )
+
+    def evaluating(self) -> None:
+        """Shows that an evaluation is going on, until `epoch` is called."""
+        self._progress.update(self._epoch, visible=False)
+        self._progress.reset(self._evaluating, visible=True)
 
     def epoch(self, record: Record) -> None:
         """Adds a finished epoch to the table."""
+        self._progress.update(self._evaluating, visible=False)
+        self._progress.update(self._epoch, visible=True)
+        self._progress.update(self._run, completed=self._completed(record["step"], record["epoch"]))
         scale = record["scale_factor"]
         last = (
             f"{record['update_norm_ratio']:5.3f}  {record['update_cosine']:6.3f}"
@@ -110,9 +184,12 @@ class Display:
             f"{record['epoch']:5}  {record['train_loss']:10.4f}  {record['test_loss']:9.4f}  "
             f"{record['test_accuracy']:8.2%}  {record['global_std']:8.2e}  "
             f"{'-' if scale is None else format(scale, '.4f'):>6}  {last}  "
-            f"{self._clock.left():>7}"
+            f"{self._left():>7}"
         )
         self._last_line = time.monotonic()
+
+    def _completed(self, step: int, evaluations: int) -> float:
+        return step + evaluations * self._evaluation
 
     def _add(self, step: int, *values: float | None) -> None:
         column = (step - 1) * WIDTH // self._steps
@@ -120,27 +197,19 @@ class Display:
             if value is not None:
                 curve.add(column, value)
 
-    def _view(self) -> Table:
-        in_epoch = (self._done - 1) % self._steps_per_epoch + 1
-        speed = self._clock.seconds_per_step and self._batch_size / self._clock.seconds_per_step
-        view = Table.grid(padding=(0, 2))
-        view.add_column(no_wrap=True, min_width=14)
-        view.add_column(no_wrap=True)
-        view.add_column(no_wrap=True, justify="right")
-        view.add_row(
-            f"epoch {(self._done - in_epoch) // self._steps_per_epoch + 1}/{self._epochs}",
-            ProgressBar(self._steps, self._done, width=WIDTH),
-            f"{self._clock.left()} left",
-        )
-        view.add_row(
-            f"step {in_epoch}/{self._steps_per_epoch}",
-            ProgressBar(self._steps_per_epoch, in_epoch, width=WIDTH),
-            f"{speed:.0f} images/s" if speed else "",
-        )
+    def _left(self) -> str:
+        seconds = self._progress.tasks[self._run].time_remaining
+        return "?" if seconds is None else str(timedelta(seconds=seconds))
+
+    def _speed(self, task: Task) -> str:
+        return f"{task.speed * self._batch_size:.0f} images/s" if task.speed else ""
+
+    def _view(self) -> Group:
+        curves = Table.grid(self._label.copy(), Column(no_wrap=True), "", padding=(0, 1))
         columns = self._done * WIDTH // self._steps
         for name, text in self._latest().items():
-            view.add_row(name, self._curves[name].draw(columns, self._levels), text)
-        return view
+            curves.add_row(name, self._curves[name].draw(columns, self._levels).ljust(WIDTH), text)
+        return Group(self._progress, curves)
 
     def _latest(self) -> dict[str, str]:
         return {
@@ -148,6 +217,17 @@ class Display:
             for name, curve in self._curves.items()
             if curve.latest is not None
         }
+
+
+class _Note(ProgressColumn):
+    """What the function in a task's field `note` says of it."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"](task))
+
+
+def _elapsed(task: Task) -> str:
+    return str(timedelta(seconds=round(task.elapsed or 0.0)))
 
 
 class Curve:
@@ -185,49 +265,3 @@ class Curve:
             " " if log is None else levels[round((len(levels) - 1) * (log - low) / height)]
             for log in logs
         )
-
-
-class Clock:
-    """Estimates how long a run will take until the end of its last epoch.
-
-    It knows the time of a step, and of what lies between the last step of an epoch and the first
-    of the next: evaluation, records and checkpoint. Until there was such a gap it takes it to be as
-    long as `gap` steps.
-    """
-
-    def __init__(self, epochs: int, steps_per_epoch: int, gap: float):
-        self._epochs = epochs
-        self._steps_per_epoch = steps_per_epoch
-        self._first_gap = gap
-        self._durations: deque[float] = deque(maxlen=steps_per_epoch)
-        self._gaps: deque[float] = deque(maxlen=5)
-        self.seconds_per_step: float | None = None
-
-    def start(self, step: int) -> None:
-        """Starts after `step` steps."""
-        self._done, self._before = step, time.monotonic()
-
-    def step(self, step: int) -> None:
-        """Notes that a step is done."""
-        now = time.monotonic()
-        if self.seconds_per_step and (step - 1) % self._steps_per_epoch == 0:
-            self._gaps.append(now - self._before - self.seconds_per_step)
-        else:
-            self._durations.append(now - self._before)
-            self.seconds_per_step = mean(self._durations)
-        self._done, self._before = step, now
-
-    def seconds_left(self) -> float | None:
-        """The time left in seconds, None before the first step."""
-        if self.seconds_per_step is None:
-            return None
-        steps = self._epochs * self._steps_per_epoch - self._done
-        gaps = self._epochs - (self._done - 1) // self._steps_per_epoch
-        gap = median(self._gaps) if self._gaps else self._first_gap * self.seconds_per_step
-        seconds = steps * self.seconds_per_step + gaps * gap
-        return max(0.0, seconds - (time.monotonic() - self._before))
-
-    def left(self) -> str:
-        """The time left in words."""
-        seconds = self.seconds_left()
-        return "?" if seconds is None else str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""Requests that reach a run from outside: stop, or write a checkpoint."""
+"""Requests to a run from outside: stop, or write a checkpoint."""
 
 import shlex
 import signal
@@ -38,9 +38,9 @@ class Requests:
     """Listens for SIGINT and SIGTERM while it is entered; a second SIGINT ends the process at once.
 
     Args:
-      mesh: the devices of the run. All processes must act on a request at the same step, so each
-        request travels to all of them through the devices.
-      checkpoint_minutes: how long a run may go without a request to save.
+      mesh: the devices of the run. All processes must act on a request at the same step, so
+        requests are reduced over the devices.
+      checkpoint_minutes: the time between requests to save.
     """
 
     def __init__(self, mesh: Mesh, checkpoint_minutes: float):

@@ -29,12 +29,12 @@ class InUse(OSError):
 def lock(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder, to be entered as a context.
 
-    The kernel holds the lock, and lets it fall with the process, however that dies; the programs
-    that the process starts do not inherit it. The process may enter it again while it holds it.
-    On a file system without locks that is said once, and nothing is refused.
+    The kernel holds the lock, and releases it when the process ends, however that happens; programs
+    that the process starts do not inherit it. A process that holds it may enter it again. On a
+    file system without locks, a warning is printed once and no process is kept out.
 
     Args:
-      folder: created where it is missing. The file `run.lock` in it names the owner.
+      folder: created if it is missing. The file `run.lock` in it names the owner.
 
     Raises:
       InUse: if another process holds the folder.
@@ -70,6 +70,7 @@ def lock(folder: Path) -> Iterator[None]:
 @functools.cache
 def _say_unlocked(reason: str) -> None:
     print(
-        f"the file system has no locks ({reason}): let no second process use the folder of a run",
+        f"the file system does not support locks ({reason}): do not let two processes use the "
+        "folder of one run",
         file=sys.stderr,
     )

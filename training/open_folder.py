@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class OpenFolder:
-    """Notices that a folder was moved, removed or replaced.
+    """Detects that a folder was moved, removed or replaced.
 
     Args:
       path: the folder; it exists.
@@ -15,7 +15,7 @@ class OpenFolder:
     def __init__(self, path: Path):
         self.path = path
         self._absolute = path.absolute()
-        # Open, so that no new folder gets its inode number.
+        # Held open, so that no new folder can get its inode number.
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def is_there(self) -> bool:

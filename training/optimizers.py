@@ -13,14 +13,14 @@ Transformation: TypeAlias = optax.GradientTransformation
 
 
 class MethodSpec(NamedTuple):
-    """What is done to the gradients before the optimizer sees them."""
+    """A transformation of the gradients before the optimizer."""
 
     make: Callable[[], optax.GradientTransformation]
     label: str  # in titles, tables and figures
     description: str  # what `train.py --list` says of it
     color: str  # Okabe and Ito's: told apart by the color-blind
     line: str | tuple[int, tuple[int, int]] = "-"  # as Matplotlib has it
-    # What is made of the chain and the plain optimizer, where it is not the chain alone.
+    # Combines the chain and the plain optimizer, where the method is not the chain alone.
     combine: Callable[[Transformation, Transformation], Transformation] | None = None
 
 
@@ -34,7 +34,7 @@ class OptimizerSpec(NamedTuple):
 
 
 def fixed_exponent(exponent: int) -> optax.GradientTransformation:
-    """`autoscale` whose exponent was decided before the first step."""
+    """`autoscale` with its exponent fixed before the first step."""
     tx = optax_autoscale.autoscale()
 
     def init(params: optax.Params) -> optax_autoscale.AutoscaleState:
@@ -81,10 +81,10 @@ def adamw(
 def adam(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Adam of the loss with an L2 penalty, as `torch.optim.Adam(weight_decay=...)`.
+    """Adam with an L2 penalty in the loss, as `torch.optim.Adam(weight_decay=...)`.
 
-    What stands before it acts on the loss's gradient alone: a factor of 0.5 there doubles the
-    penalty's share of the gradient.
+    The penalty is added after the method, which sees the loss's gradient alone: a factor of 0.5
+    there doubles the penalty's share of the gradient.
     """
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
@@ -95,82 +95,82 @@ def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.Gra
 
 
 METHODS = {
-    "none": MethodSpec(optax.identity, "None", "the plain optimizer", "#000000"),
+    "none": MethodSpec(optax.identity, "None", "gradients unchanged, the baseline", "#000000"),
     "gradient_normalization": MethodSpec(
         optax_autoscale.gradient_normalization,
         "Gradient Normalization",
-        "divide all gradients by their global norm",
+        "divides all gradients by their global norm",
         "#009E73",
     ),
     "gradient_centralization": MethodSpec(
         optax_autoscale.gradient_centralization,
         "Gradient Centralization",
-        "subtract the mean of each output feature (Yong 2020)",
+        "subtracts the mean of each output feature (Yong et al. 2020)",
         "#0072B2",
     ),
     "zscore": MethodSpec(
         optax_autoscale.zscore_normalization,
         "Z-Score Normalization",
-        "each layer to mean 0 and standard deviation 1 (Yun 2024)",
+        "normalizes each layer to mean 0 and standard deviation 1 (Yun 2024)",
         "#CC79A7",
     ),
     "clip": MethodSpec(
         partial(optax.clip_by_global_norm, 1.0),
         "Clipping",
-        "bound the global norm by 1",
+        "clips the global norm to 1",
         "#E69F00",
     ),
     "centering": MethodSpec(
         optax_autoscale.center_layers,
         "centering only",
-        "the centering half of autoscale",
+        "subtracts each layer's mean, as autoscale does, and does not scale",
         "#0072B2",
         "--",
     ),
     "scaling": MethodSpec(
         optax_autoscale.scale_by_global_std,
         "scaling only",
-        "the scaling half of autoscale",
+        "multiplies by autoscale's factor, and does not center",
         "#56B4E9",
     ),
     "constant": MethodSpec(
         partial(centering_by_constant, 0.4),
         "centering, constant factor",
-        "center each layer, scale all by 0.4",
+        "centers each layer, and multiplies all by 0.4",
         "#009E73",
         "--",
     ),
     "autoscale": MethodSpec(
         optax_autoscale.autoscale,
         "Autoscale",
-        "the paper's method: center each layer, scale all by one factor",
+        "the paper's method: centers each layer, and multiplies all by one factor",
         "#D55E00",
     ),
     "autoscale_p1": MethodSpec(
         partial(fixed_exponent, 1),
         "Autoscale, p = 1",
-        "autoscale with exponent 1 from the first step",
+        "autoscale with its exponent fixed at 1",
         "#D55E00",
         "--",
     ),
     "autoscale_p2": MethodSpec(
         partial(fixed_exponent, 2),
         "Autoscale, p = 2",
-        "autoscale with exponent 2 throughout",
+        "autoscale with its exponent fixed at 2",
         "#D55E00",
         ":",
     ),
     "autoscale_max1": MethodSpec(
         partial(optax_autoscale.autoscale, max_scale=1.0),
         "Autoscale, max_scale = 1",
-        "autoscale whose factor is at most 1",
+        "autoscale with its factor capped at 1",
         "#D55E00",
         "-.",
     ),
     "autoscale_direction": MethodSpec(
         optax_autoscale.autoscale,
         "Autoscale's direction, plain norm",
-        "autoscale's update with the norm of the plain optimizer's",
+        "autoscale's update, rescaled to the norm of the plain optimizer's",
         "#D55E00",
         (0, (1, 3)),
         combine=graft,
@@ -178,7 +178,7 @@ METHODS = {
     "autoscale_norm": MethodSpec(
         optax_autoscale.autoscale,
         "plain direction, Autoscale's norm",
-        "the plain optimizer's update with the norm of autoscale's",
+        "the plain optimizer's update, rescaled to the norm of autoscale's",
         "#000000",
         "--",
         combine=lambda chain, plain: graft(plain, chain),
@@ -187,8 +187,12 @@ METHODS = {
 
 OPTIMIZERS = {
     "adamw": OptimizerSpec(adamw, "AdamW", "Adam with decoupled weight decay", 1e-3),
-    "adam": OptimizerSpec(adam, "Adam + L2", "Adam of the loss with an L2 penalty", 1e-3),
-    "sgd": OptimizerSpec(sgd, "SGD", "momentum of 0.9 and an L2 penalty", 0.1),
+    "adam": OptimizerSpec(
+        adam, "Adam + L2", "Adam with an L2 penalty in the loss, as torch.optim.Adam", 1e-3
+    ),
+    "sgd": OptimizerSpec(
+        sgd, "SGD", "gradient descent with momentum 0.9 and an L2 penalty in the loss", 0.1
+    ),
 }
 
 
@@ -203,9 +207,9 @@ def learning_rate_schedule(
     """The paper's step decay, times 0.75 every `decay_epochs` epochs, after a linear warm-up.
 
     Args:
-      learning_rate: the value at the start, or that the warm-up leads to.
-      decay_epochs: how many epochs each value lasts, those of the warm-up included.
-      warmup_epochs: over how many epochs the learning rate rises from 0, step by step.
+      learning_rate: the value at the start, or at the end of the warm-up.
+      decay_epochs: the number of epochs between decays, those of the warm-up included.
+      warmup_epochs: the number of epochs over which the learning rate rises linearly from 0.
       steps_per_epoch: the number of steps in an epoch.
 
     Returns:
@@ -236,8 +240,8 @@ def make_optimizer(
       method: a name in `METHODS`.
       optimizer: a name in `OPTIMIZERS`.
       learning_rate: a number, or a schedule.
-      weight_decay: how strong the optimizer's is.
-      effect: whether to compare each update with that of the optimizer alone.
+      weight_decay: the optimizer's, decoupled or an L2 penalty.
+      effect: whether to compare each update with the plain optimizer's.
 
     Returns:
       The chain; with `effect` inside `measure_effect`.

@@ -6,7 +6,7 @@ import sys
 
 
 class _OpenEnded(io.FileIO):
-    """A file descriptor that accepts everything, also once the reader of its pipe has gone."""
+    """A file descriptor that still accepts everything once the reader of its pipe has gone."""
 
     def write(self, data, /):  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
@@ -19,9 +19,10 @@ class _OpenEnded(io.FileIO):
 
 
 def hide_abandoned_writes() -> None:
-    """Hides the traces of checkpoint writes that were given up, as when their folder was moved.
+    """Hides the stack traces of abandoned checkpoint writes, as when their folder was moved.
 
-    TensorStore reports to Orbax's event loop, closed by then; what went wrong is said in one line.
+    TensorStore reports to Orbax's event loop, which is closed by then; the error itself is printed
+    in one line.
     """
     show = sys.unraisablehook
 
@@ -33,10 +34,10 @@ def hide_abandoned_writes() -> None:
 
 
 def outlive_readers() -> None:
-    """Lets a program go on when the reader of its output goes, as in `python train.py | head`.
+    """Lets a program continue once the reader of its output has gone: `python train.py | head`.
 
-    From then on its output goes nowhere. Characters that the encoding lacks are escaped. Streams
-    that were replaced already, as by a test, stay as they are.
+    From then on its output is discarded. Characters that the encoding lacks are escaped. Streams
+    that were replaced already, for example by a test, are left alone.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

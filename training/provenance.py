@@ -1,4 +1,4 @@
-"""Where a run takes place: versions, device and commit."""
+"""Where a run is made: versions, device and commit."""
 
 import platform
 import shutil
@@ -34,7 +34,7 @@ def commit_of(folder: Path) -> str | None:
     return (git("rev-parse", "HEAD") + ("-dirty" if changed else "")) or None
 
 
-# Read once: the code that runs is the one that was imported, whatever happens to its files later.
+# Read once: the code that runs is the imported one, whatever happens to its files later.
 COMMIT = commit_of(Path(__file__).parents[1])
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of an epoch, and how it is read back."""
+"""The record of an epoch, and how it is read back."""
 
 import json
 import math
@@ -39,7 +39,7 @@ class Record(TypedDict):
 
 INTEGERS = ("epoch", "step", "exponent")
 OPTIONAL = ("scale_factor", "exponent")
-# Keys that records of an earlier version lack; they read as None.
+# Keys that records of an earlier version may lack; they are read as None.
 LATER = ("update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
 
 
@@ -65,7 +65,7 @@ def parse_records(lines: Sequence[str | bytes], path: Path) -> list[Record]:
       path: the file that they are from.
 
     Returns:
-      The records; keys that came later than the file are None.
+      The records; keys that were added after the file was written are None.
 
     Raises:
       RecordError: at a line that is not the record of the next epoch.

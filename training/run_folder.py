@@ -21,8 +21,10 @@ from training.lock import LOCK, InUse, lock
 from training.open_folder import OpenFolder
 from training.optimizers import METHODS, OPTIMIZERS
 from training.provenance import environment
-from training.record import SCHEMA, Record, RecordError, parse_records
+from training.record import SCHEMA, Record, RecordError, parse_records, read_records
 from training.trackers import TensorBoard, WeightsAndBiases
+
+PICTURES = ("curves.png", "gradients.png", "layers.png")
 
 
 class RunFolder:
@@ -146,9 +148,10 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.close(failed=error is not None)
             if self.records and self._opened.is_there():
-                plots.plot_curves(self.records, self._title, self.path / "curves.png")
-                plots.plot_gradients(self.records, self._title, self.path / "gradients.png")
-                plots.plot_layer_map(self.records, self._title, self.path / "layers.png")
+                curves, gradients, layers = (self.path / name for name in PICTURES)
+                plots.plot_curves(self.records, self._experiment, self._title, curves)
+                plots.plot_gradients(self.records, self._title, gradients)
+                plots.plot_layer_map(self.records, self._title, layers)
 
     def _check_vacant(self) -> None:
         path = self.path
@@ -192,3 +195,19 @@ def _explained(path: Path) -> Iterator[None]:
             else "choose another folder with --out"
         )
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+def finished_records(folder: Path, epochs: int) -> list[Record]:
+    """The records of a run of `epochs` epochs that has finished; none where it has not.
+
+    It has where all that a run ends with, parameters and pictures, is newer than the last record.
+    """
+    metrics = folder / "metrics.jsonl"
+    try:
+        last = metrics.stat().st_mtime_ns
+        if any((folder / name).stat().st_mtime_ns < last for name in ("parameters", *PICTURES)):
+            return []
+        records = read_records(folder)
+    except (OSError, RecordError):
+        return []
+    return records if len(records) == epochs else []

@@ -95,9 +95,9 @@ def _scalars(record: Record) -> dict[str, float]:
         "train/images_per_second": record["images_per_second"],
         "test/loss": record["test_loss"],
         "test/accuracy": record["test_accuracy"],
-        "gradients/global_std": record["global_std"],
-        "gradients/scale_factor": record["scale_factor"],
-        "gradients/exponent": record["exponent"],
+        "autoscale/global_std": record["global_std"],
+        "autoscale/scale_factor": record["scale_factor"],
+        "autoscale/exponent": record["exponent"],
         "effect/update_norm_ratio": record["update_norm_ratio"],
         "effect/update_cosine": record["update_cosine"],
     } | {f"layer_std/{path}": std for path, std in record["layer_std"].items()}

@@ -1,4 +1,4 @@
-"""What the libraries' own training steps do to the parameters is what the paper's equations say."""
+"""The training steps of other libraries change the parameters as the paper's equations say."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Training on eight devices is training on one, however the parameters are laid out."""
+"""Training on eight devices equals training on one, however the parameters are sharded."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The models in NumPy and float64, written from the papers: what `models` is compared with."""
+"""The models in NumPy and float64, written from the papers, as a reference for `models`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What holds for every model: its size and cost, its values and gradients, its dtypes and modes."""
+"""All models: size and cost, values and gradients, dtypes and modes."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ train_or_eval = pytest.mark.parametrize("train", [True, False], ids=["train", "e
 
 
 def pure(model: Model) -> tuple[Callable, nnx.State]:
-    """The model as a compiled function of its state and the images, and its present state."""
+    """The model as a compiled function of its state and the images, and its current state."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -185,7 +185,7 @@ def test_gradients_match_finite_differences_of_numpy(build, train):
         expected = (loss(path, step) - loss(path, -step)) / 2e-6
         name = jax.tree_util.keystr(path)
         assert np.vdot(leaf, direction) == pytest.approx(expected, rel=1e-3, abs=1e-4), name
-        # Normalising by the batch takes the bias of the convolution before it away.
+        # Normalizing by the batch cancels the bias of the convolution before it.
         if not (train and name.endswith("['conv']['bias']")):
             assert np.any(leaf), name
 

@@ -1,4 +1,4 @@
-"""What only ResNets have: shortcuts, and their initial values."""
+"""ResNets: shortcuts and initial values."""
 
 import math
 

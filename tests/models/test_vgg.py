@@ -1,4 +1,4 @@
-"""What only VGG has: max-pools, and its initial values."""
+"""VGG: max-pools and initial values."""
 
 import math
 

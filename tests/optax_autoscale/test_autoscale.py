@@ -45,7 +45,7 @@ def run(tx, steps):
 
 
 def assert_updates_close(updates, expected, rtol=1e-5):
-    """Equal up to rounding, which centring makes relative to a leaf's largest entry."""
+    """Equal up to rounding, which centering makes relative to a leaf's largest entry."""
     for update, reference in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
         atol = rtol * float(jnp.abs(reference).max())
         np.testing.assert_allclose(update, reference, rtol=0, atol=atol)
@@ -231,11 +231,11 @@ def test_only_the_set_of_entries_in_each_layer_matters(grads, seed):
 @hypothesis.given(any_gradients)
 @settings
 def test_centring_is_idempotent_and_exact(grads):
-    centred = center(grads)
-    assert_updates_close(center(centred), centred, rtol=1e-6)
+    centered = center(grads)
+    assert_updates_close(center(centered), centered, rtol=1e-6)
     for name in ("conv", "dense"):
         wide = oracle.float64(grads[name])
-        got, ulp = oracle.float64(centred[name]), np.finfo(np.float32).eps * np.abs(wide).max()
+        got, ulp = oracle.float64(centered[name]), np.finfo(np.float32).eps * np.abs(wide).max()
         np.testing.assert_allclose(got, wide - wide.mean(), rtol=0, atol=4 * ulp)
 
 

@@ -94,7 +94,7 @@ settings = hypothesis.settings(deadline=None, max_examples=60)
 
 
 def assert_standardized(grad, tolerance=1e-6):
-    """Near the oracle, relative to the largest entry, and not beyond what n entries allow."""
+    """Close to the oracle, relative to the largest entry, and within the bound for n entries."""
     expected, got = oracle.zscore(grad), oracle.float64(zscore(grad))
     atol = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(got, expected, rtol=0, atol=atol)

@@ -1,4 +1,4 @@
-"""What Optax's own suite asks of a contributed transformation, and what this method cannot give."""
+"""What Optax's test suite requires of a contribution, and what this method cannot satisfy."""
 
 import ast
 import inspect
@@ -60,7 +60,7 @@ def make_grads(dtype="float32", factor=1e-2):
 
 
 def signature(tree):
-    """All that decides whether jit compiles anew or scan accepts a carry."""
+    """Everything that decides whether jit recompiles or scan accepts a carry."""
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.aval.weak_type), tree)
 
 
@@ -243,7 +243,7 @@ TARGET = jnp.array([[3.0, -2.0], [1.0, 4.0]])
 
 
 def minimize(tx, steps=3000):
-    """The point that a parabola around TARGET, with a vector beside it, is minimised to from 0."""
+    """The point reached from 0 by minimizing a parabola around TARGET and a vector's."""
 
     def step(carry, _):
         params, state = carry
@@ -264,7 +264,7 @@ def test_the_scaling_half_converges():
 
 @pytest.mark.parametrize("make", [partial(autoscale, max_scale=1.0), center_layers])
 def test_behind_centring_sgd_converges_up_to_the_mean_of_a_leaf(make):
-    """Centring never moves a leaf's mean, here 0, to that of the minimum, here 1.5."""
+    """Centering keeps a leaf's mean, here 0, away from that of the minimum, here 1.5."""
     params = minimize(optax.chain(make(), optax.sgd(0.1)))
     np.testing.assert_allclose(params["matrix"], TARGET - TARGET.mean(), atol=1e-3)
     np.testing.assert_allclose(params["vector"], 1, atol=1e-3)

@@ -1,4 +1,4 @@
-"""The measured effect: two optimizers run apart, closed forms, odd trees, wrappers, and meshes."""
+"""The measured effect: two separate optimizers, closed forms, odd trees, wrappers, and meshes."""
 
 import pickle
 from functools import partial
@@ -46,7 +46,7 @@ OPTIMIZERS = {
 
 
 def make_params(dtype="float32"):
-    """A network with names that optimizers' states have as well."""
+    """A network with names that also occur in optimizers' states."""
     rng = np.random.default_rng(1)
     shapes = {"kernel": (3, 3, 2, 4), "norm": {"scale": (4,), "bias": (4,)}}
     return jax.tree.map(
@@ -84,7 +84,7 @@ def flat(tree):
 
 
 def measured(update, reference, params=None, **kwargs):
-    """The state after one step in which the two sides give `update` and `reference`."""
+    """The state after one step in which the two sides return `update` and `reference`."""
     tx = measure_effect(returns(update), returns(reference), **kwargs)
     _, state = tx.update(update, tx.init(update if params is None else params), params)
     return state
@@ -118,7 +118,7 @@ def test_equals_two_chains_computed_apart(make, optimizer):
 
 
 def test_the_parts_of_a_difference_by_hand():
-    """R = (3, 4), u = 2 r + (-4, 3): a learning rate twice as large, and a rest of 5 in 125."""
+    """R = (3, 4), u = 2 r + (-4, 3): twice the learning rate, and a remainder of 5 in 125."""
     params = {"a": jnp.array([6.0]), "b": jnp.array([8.0])}
     update = {"a": jnp.array([2.0]), "b": jnp.array([11.0])}
     reference = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
@@ -610,7 +610,7 @@ def test_nnx_optimizer():
 
 
 def test_boxed_parameters_keep_their_axes():
-    """Linen's boxes give the reference's moments their sharding, and are gone in the update."""
+    """Linen's boxes give the reference's moments their sharding, and are absent from the update."""
     init = linen.with_logical_partitioning(linen.initializers.ones, ("embed", "mlp"))
     boxed = linen.Dense(2, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     tx = double()
@@ -643,7 +643,7 @@ def test_checkpoints_restore_the_state(tmp_path):
 
 
 def two_steps(tx, grads):
-    """Two steps, the second from the state that the first gave."""
+    """Two steps, the second from the state that the first returned."""
     updates, state = tx.update(grads, tx.init(grads), grads)
     return tx.update(grads, state, updates)
 

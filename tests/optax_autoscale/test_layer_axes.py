@@ -1,4 +1,4 @@
-"""Which parameters are layers: the default, rules of one's own, names left out, and mistakes."""
+"""Which parameters are layers: the default, custom rules, excluded names, and mistakes."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""`python -m optax_autoscale` shows where it runs, and fails where the transformation is wrong."""
+"""`python -m optax_autoscale` shows its environment, and fails if the transformation is wrong."""
 
 import runpy
 from functools import partial

@@ -1,4 +1,4 @@
-"""On eight devices the result is that of one, with one all-reduce and no gather."""
+"""The result on eight devices equals that on one, with one all-reduce and no gather."""
 
 import re
 
@@ -176,7 +176,7 @@ def test_zscore_takes_two_all_reduces(manual):
     for name, grad in grads.items():
         expected = grad if name == "bias" else oracle.zscore(grad)
         np.testing.assert_allclose(updates[name], expected, rtol=0, atol=1e-5)
-    # A CPU removes the barrier between the two passes too early to merge what it could.
+    # The CPU backend removes the barrier between the two passes before it merges all-reduces.
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
     compiled = update.lower(sharded).compile(compiler_options=options)
     assert collectives(compiled) == ["all-reduce"] * 2

@@ -1,4 +1,4 @@
-"""The closed form against Optax's Adam, the shadows on a small run, the report from its records."""
+"""The closed form against Optax's Adam, a small run, and the report from its records."""
 
 import dataclasses
 import json

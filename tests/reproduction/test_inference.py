@@ -300,7 +300,7 @@ def test_the_detectable_difference_of_pooled_arms_is_found_as_often_as_it_says()
 
 
 def test_three_of_five_diverged_is_not_no_difference():
-    """Even where the two seeds left over would be equivalent, or significantly better."""
+    """Even if the two remaining seeds would be equivalent, or significantly better."""
     for left, p_value in (((0.01, -0.01), 2 * 6 / 32), ((2.0, 2.001), 1.0)):
         comparison = differing(*left, None, None, None)
         assert comparison.diverged == (3, 0)
@@ -348,7 +348,9 @@ def test_nothing_is_tested_before_all_planned_runs_are_in():
     assert math.isnan(comparison.p_value)
     assert math.isnan(comparison.estimate.value)
     assert verdict_on_difference(comparison, 2.0) == "not tested"
-    assert in_words(comparison, "Autoscale", "AdamW").startswith("2 of the planned runs are not in")
+    assert in_words(comparison, "Autoscale", "AdamW").startswith(
+        "2 of the planned runs are missing"
+    )
 
 
 # --- Verdicts -------------------------------------------------------------------------------------
@@ -499,5 +501,5 @@ def test_runs_that_are_the_same_are_called_identical():
     pooled = compare(arms(a=OURS, b=OURS, c=PLAIN), "a", "b")
     assert in_words(pooled, "A", "B") == "A and B are identical in 6 seeds."
     assert in_words(differing(0.5), "A", "B") == (
-        "A minus B is +0.50 points (1 seed); that cannot be tested."
+        "A minus B is +0.50 points (1 seed), which cannot be tested."
     )

@@ -1,10 +1,11 @@
-"""Only whole runs become records of a study, and only whole records count."""
+"""Only complete runs become records of a study, and only complete records count."""
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import reproduce
@@ -24,7 +25,7 @@ ABOUT = {
     "channels": 1,
     "versions": {"python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8", "optax": "0.2.8"},
     "device": "cpu",
-    "device_count": 1,
+    "device_count": jax.device_count(),
     "commit": None,
 }
 
@@ -49,7 +50,7 @@ def record(epoch: int, **changes: object) -> dict[str, object]:
 def make_run(
     folder: Path, records: list[dict[str, object]], about: dict[str, object] = ABOUT
 ) -> None:
-    """What a run leaves behind."""
+    """The output of a run."""
     folder.mkdir(parents=True)
     config.save(folder, EXPERIMENT, Launch(), **about)
     lines = [json.dumps(line) + "\n" for line in records]
@@ -187,7 +188,7 @@ def test_a_dry_run_counts_valid_records_and_names_the_others(study, capsys):
     assert [line.split() for line in lines[:2]] == [["invalid", name] for name in NAMES]
     assert f"{NAMES[0]}.jsonl is not the record of a run: it has 2 of 3 epochs" in lines[2]
     assert "metrics.jsonl is damaged: epoch 3: " in lines[3]
-    assert lines[4:] == ["0 of 2 done, time left unknown until a run is done"]
+    assert lines[4:] == ["0 of 2 done, time left unknown while records are invalid"]
 
     with pytest.raises(SystemExit, match=f"{NAMES[0]}.jsonl is not the record of a run"):
         study()

@@ -1,4 +1,4 @@
-"""The report: numbers worked out by hand, what is claimed and what is not, the same to the byte."""
+"""The report: numbers worked out by hand, what is claimed and what is not, reproducible bytes."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def written(study: str, folder: Path) -> str:
 
 
 def section(report: str, title: str) -> str:
-    """What is below a heading, up to the next of any level."""
+    """The text below a heading, up to the next heading of any level."""
     (text,) = (part for part in report.split("\n#") if part.lstrip("#").startswith(f" {title}"))
     return text
 
@@ -121,7 +121,7 @@ def test_nothing_is_tested_before_all_runs_of_a_network_are_in(missing, tmp_path
     report = written("digits", tmp_path)
     assert "74 of the 75 planned runs are in." in report
     resnet20, resnet56 = section(report, "Every method against").split("**ResNet-56 on digits")
-    assert "1 planned run not in yet; the tests wait." in resnet20
+    assert "1 planned run missing; the tests wait for them." in resnet20
     assert "minus" not in resnet20
     assert "Autoscale above AdamW" in resnet56
 
@@ -226,7 +226,7 @@ def test_the_primary_test_waits_for_all_of_its_runs(tmp_path):
     outcomes["resnet20", "autoscale", "adamw"] = outcomes["resnet20", "autoscale", "adamw"][:5]
     write(tmp_path, "cifar100", outcomes)
     primary = section(written("cifar100", tmp_path), "A, primary")
-    assert "1 of the planned runs are not in yet; the test waits for all of them." in primary
+    assert "1 of the planned runs are missing; the test waits for all of them." in primary
     assert "minus" not in primary
     assert "above" not in primary
 

@@ -102,7 +102,7 @@ def record(epoch: int, **changes) -> dict:
 
 
 def make_run(folder: Path, experiment: Experiment, records: list[dict]) -> None:
-    """What a run leaves behind."""
+    """The output of a run."""
     folder.mkdir()
     launch = Launch(out=folder, data_dir=folder / "data")
     about = {

@@ -83,7 +83,7 @@ def write_archive(path: Path, name: str, splits: dict[str, Split]) -> None:
 
 @pytest.fixture(autouse=True)
 def lookups(monkeypatch):
-    """Cuts the network off; the list of hosts that were looked up nevertheless."""
+    """Blocks the network; returns the list of hosts that were looked up nevertheless."""
     hosts = []
 
     def getaddrinfo(host, *args, **kwargs):
@@ -95,12 +95,12 @@ def lookups(monkeypatch):
 
 
 def manual_path(data_dir: Path, name: str) -> Path:
-    """Where an archive that the user downloaded is looked for."""
+    """The path at which an archive downloaded by the user is expected."""
     return data_dir / "downloads" / "manual" / f"cifar-{NUM_CLASSES[name]}-binary.tar.gz"
 
 
 def accept(monkeypatch, archive: Path) -> None:
-    """Takes a small archive for the one that is downloaded, and its size for the right one."""
+    """Replaces the downloaded archive by a small one, and the expected size by its size."""
 
     def download(self, url):
         assert url == f"https://www.cs.toronto.edu/~kriz/{archive.name}"

@@ -4,7 +4,16 @@ from pathlib import Path
 import pytest
 
 from models import MODELS
-from training.config import CHOICES, Experiment, Launch, Options, parse, recipe, run_folder
+from training.config import (
+    CHOICES,
+    GROUPS,
+    Experiment,
+    Launch,
+    Options,
+    parse,
+    recipe,
+    run_folder,
+)
 from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS
 
@@ -70,6 +79,24 @@ def test_every_option_is_read():
     assert dataclasses.asdict(experiment) | dataclasses.asdict(launch) == changed
 
 
+def test_customary_short_options():
+    given = ["-b", "8", "--lr", "0.5", "--wd=0.25"]
+    long = ["--batch-size", "8", "--learning-rate", "0.5", "--weight-decay", "0.25"]
+    assert parse(given) == parse(long)
+    assert parse(given).experiment == Experiment(batch_size=8, learning_rate=0.5, weight_decay=0.25)
+
+
+def test_an_unknown_option_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--lrate", "0.1"])
+    assert "Unrecognized options: --lrate" in capsys.readouterr().err
+
+
+def test_every_option_is_in_one_group():
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(field.name for field in FIELDS)
+
+
 def test_defaults_follow_the_data_set_and_the_optimizer():
     assert parse([]) == Options(Experiment(), Launch())
     assert parse(["--epochs", "5", "--dataset", "cifar100"]).experiment == dataclasses.replace(
@@ -125,6 +152,10 @@ def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         parse(["--dataset", "cifar100", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "a resumed run may be given more. (default: 200)" in text
+    assert "a resumed run may have more. (default: 200)" in text
     for field in FIELDS:
         assert f"--{field.name.replace('_', '-')}" in text
+    assert "None" not in text
+    at = [text.index(f" {group} options ") for group in GROUPS]
+    assert at == sorted(at)
+    assert at[0] < text.index("--train-size INT") < at[1]

@@ -1,4 +1,4 @@
-"""What `config.json` may hold, and what is said where it holds something else."""
+"""The valid contents of `config.json`, and the messages about others."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def without(name: str) -> str:
 def test_a_damaged_file_is_named(text, problem, folder):
     path = folder / "config.json"
     path.write_text(text)
-    message = rf"^{re.escape(str(path))} is damaged: {problem}.*; put a copy .* another --out$"
+    message = rf"^{re.escape(str(path))} is damaged: {problem}.*; put back a copy .* another --out$"
     for read in (
         lambda: config.load(folder),
         lambda: check_resumes(EXPERIMENT, folder),
@@ -91,9 +91,9 @@ def test_a_run_of_another_version_is_not_resumed(schema, version, folder):
     if schema is None:
         del description["schema"]
     path.write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=rf"^{path} is of {version} version .* of commit abc$"):
+    with pytest.raises(ValueError, match=rf"^{path} was written by {version} .* commit abc$"):
         parse(["--resume", "--out", str(folder)])
-    with pytest.raises(ValueError, match=f"is of {version} version"):
+    with pytest.raises(ValueError, match=f"was written by {version} version"):
         parse(["--auto-resume", "--out", str(folder)])
 
 

@@ -1,4 +1,4 @@
-"""The digits, training subsets, and what goes wrong before any CIFAR is read."""
+"""The digits, training subsets, and errors before CIFAR is read."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Layers are named in the order in which data goes through them, everywhere the same."""
+"""Layers are named in the order of the data flow, everywhere the same."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Values that no run can be made with, and the largest and smallest with which one can."""
+"""Invalid values, and the largest and smallest valid ones."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""One process at a time has the folder of a run, and a run resumes only from records that fit."""
+"""One process at a time uses the folder of a run, and a run resumes only from matching records."""
 
 import errno
 import fcntl
@@ -104,7 +104,7 @@ def test_a_file_system_without_locks_refuses_nothing_and_is_told_once(
             pass
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"no locks ({os.strerror(code)})" in said
+    assert f"does not support locks ({os.strerror(code)})" in said
 
 
 def run_folder(path: Path, *, resume: bool = False) -> RunFolder:

@@ -1,4 +1,4 @@
-"""Programs whose output nobody reads any more, and what nobody should have to read."""
+"""Programs whose output is no longer read, and output that is suppressed."""
 
 import os
 import subprocess

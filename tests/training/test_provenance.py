@@ -1,4 +1,4 @@
-"""Which commit a record names: that of the sources, marked where they were changed."""
+"""The commit in a record is that of the sources, marked if they were changed."""
 
 import shutil
 import subprocess
@@ -46,7 +46,7 @@ def test_the_commit_is_that_of_the_sources(tmp_path, git):
 
 
 def test_the_commit_is_the_one_whose_code_runs(tmp_path, git):
-    """What is committed after the import is not what a run that goes on was made with."""
+    """A commit after the import is not the one that the running program comes from."""
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").touch()
     shutil.copy(provenance.__file__, tmp_path / "training")

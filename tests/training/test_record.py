@@ -1,4 +1,4 @@
-"""A record that is read is whole: epochs 1 to n, once each, of finite numbers."""
+"""Only complete records are read: epochs 1 to n, once each, with finite numbers."""
 
 import json
 

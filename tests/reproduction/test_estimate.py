@@ -1,0 +1,61 @@
+"""The time that a study will take, from rates worked out by hand."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import pytest
+
+from models import MODELS, resnet8
+from reproduction import estimate, studies
+from reproduction.studies import Run
+from training.config import Experiment
+
+HERE = {"device": "cpu", "device_count": jax.device_count()}
+# 10 epochs of 1,437 images of 16x16 pixels, of 40.6 million multiply-adds at 32x32 pixels.
+EXPERIMENT = Experiment(dataset="digits", model="resnet20", epochs=10)
+
+
+def run_of(seconds: float, experiment: Experiment = EXPERIMENT, **changes) -> Run:
+    records = [{"seconds": seconds} for _ in range(experiment.epochs)]
+    return Run(experiment, HERE | changes, records)
+
+
+def test_the_rate_is_the_median_of_finished_runs_on_such_devices():
+    slow = dataclasses.replace(EXPERIMENT, model="vit")
+    runs = [
+        *(run_of(6.0), run_of(7.0), run_of(99.0), run_of(30.0, slow)),
+        *(run_of(0.1, device="NVIDIA H100"), run_of(0.1, device_count=2)),
+        Run(EXPERIMENT, HERE, []),
+    ]
+    rates = estimate.rates_of(runs)
+    assert rates["resnet20"] == pytest.approx(7.0 * 10 / (10 * 1437 * 0.25 * 40.6))
+    assert rates.keys() == {"resnet20", "vit"}
+    left = [EXPERIMENT, dataclasses.replace(EXPERIMENT, epochs=30), slow]
+    text = estimate.time_left(left, rates)
+    assert text == "about 0:09:40 left, by the rate of finished runs on such devices"
+
+
+def test_an_unknown_model_is_as_fast_as_the_others_or_measured(monkeypatch):
+    deep = dataclasses.replace(EXPERIMENT, model="resnet56")  # 125.5 million multiply-adds
+    rates = estimate.rates_of([run_of(6.0)])
+    assert estimate.time_left([deep], rates).startswith("about 0:03:05 left, ")
+    monkeypatch.setattr(estimate, "measured_rate", lambda it: 100 / studies.cost(it))
+    assert estimate.time_left([EXPERIMENT, deep], rates, measure=True) == (
+        "about 0:02:40 left, by the rate of finished runs on such devices and 3 steps of resnet56"
+    )
+    assert estimate.time_left([deep], {}, measure=True) == (
+        "about 0:01:40 left, by the rate of 3 steps of resnet56"
+    )
+    assert estimate.time_left([deep], {}) == "time left unknown until a run has finished"
+    assert estimate.time_left([], rates) == "nothing left"
+
+
+def test_a_measured_rate_grows_with_the_work(monkeypatch, capsys):
+    rates = []
+    for widths in ((4, 8), (32, 64)):
+        tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=widths))
+        monkeypatch.setitem(MODELS, "resnet20", tiny)
+        rates.append(estimate.measured_rate(EXPERIMENT))
+    assert 0 < rates[0] < rates[1]
+    assert "measuring 3 steps of resnet20 ..." in capsys.readouterr().out
