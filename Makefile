@@ -78,8 +78,8 @@ $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-# The compilers take 2 GB.
 $(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt
+	@echo 'Installing the compilers of a TPU and a GPU into $(ACCELERATORS), once: about 2 GB ...'
 	$(PYTHON) -m venv --clear $(ACCELERATORS)
 	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable .
 	touch $@

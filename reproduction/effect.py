@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
@@ -173,10 +172,9 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     effects = first_effects(state.params)
     for step in range(steps):
         epoch = 1 + step // program.steps_per_epoch
-        # The step returns its gradients, but donates the state: so it gets a copy. The second batch
-        # comes from another order of the images, with another seed for its augmentation.
-        twin = jax.tree.map(jnp.copy, state)._replace(seed=state.seed + np.uint32(2**31))
-        params = jax.tree.map(jnp.copy, state.params)
+        # The second batch comes from another order of the images, with another seed for its
+        # augmentation.
+        twin, params = state._replace(seed=state.seed + np.uint32(2**31)), state.params
         other_order = program.epoch_order(np.int32(2**30 + epoch))
         _, other = program.train_step(twin, data, other_order, gradients=True)
         order = program.epoch_order(np.int32(epoch))

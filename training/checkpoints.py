@@ -66,9 +66,7 @@ class Checkpoints:
             self._say(f"the checkpoints in {self._folder} are gone; new ones start at step {step}")
             self._close()  # it repeats the error of the one before
             self._checkpointer, self._complete = self._open(), None
-        # A copy, since the next step overwrites its argument while this is being written.
-        copy = jax.tree.map(jnp.copy, state)
-        contents = {"state": copy, "digest": digest(copy)}
+        contents = {"state": state, "digest": digest(state)}
         try:
             response = self._checkpointer.save_async(step, contents, force=True, overwrite=True)
         except Exception as error:

@@ -49,7 +49,7 @@ def program(it: Experiment = EXPERIMENT) -> Program:
 
 
 def take_step(it: Experiment, state: TrainState, images: np.ndarray = DATA.train_images, **kwargs):
-    """The next state, which takes over the memory, and what the step measured."""
+    """The next state, and what the step measured."""
     data = program(it).put(images, DATA.train_labels)
     order = program(it).epoch_order(np.int32(1 + int(state.step) // program(it).steps_per_epoch))
     return program(it).train_step(state, data, order, **kwargs)
