@@ -128,7 +128,7 @@ class Program:
                 body.append(Instruction(*instruction.groups()))
         if not self._entry:
             raise ValueError("this is not the text of a compiled program")
-        self._by_name = {it.name: it for body in self.computations.values() for it in body}
+        self.instructions = {it.name: it for body in self.computations.values() for it in body}
 
     def launches(self, computation: str = "") -> Iterator[Instruction]:
         """The instructions that the device is told to start."""
@@ -149,7 +149,7 @@ class Program:
 
     def bytes_read(self, instruction: Instruction) -> int:
         """The sizes of an instruction's operands, or of what it slices or gathers from them."""
-        sizes = [sum(self._by_name[name].sizes) for name in instruction.operands]
+        sizes = [sum(self.instructions[name].sizes) for name in instruction.operands]
         if instruction.opcode == "fusion":
             (body,) = (self.computations[called] for called in instruction.called)
             parameters = [it for it in body if it.opcode == "parameter"]
@@ -163,10 +163,19 @@ class Program:
         return sum(sizes)
 
 
-def _collective(instruction: Instruction) -> tuple[str | None, str]:
-    """The column of a collective, None for another instruction, and what tells it from others."""
-    channel = re.search(r"channel_id=\d+", instruction.text)
-    return COLLECTIVES.get(instruction.operation), channel[0] if channel else instruction.name
+def _collectives(program: Program) -> list[str]:
+    """The column of each collective. The pieces of one are in fusions, and share a channel."""
+    pieces, whole = set(), []
+    launches = {it.name for it in program.launches()}
+    for it in program.instructions.values():
+        if column := COLLECTIVES.get(it.operation):
+            channel = re.search(r"channel_id=\d+", it.text)
+            collective = (column, channel[0] if channel else it.name)
+            if it.name in launches:
+                whole.append(collective)
+            else:
+                pieces.add(collective)
+    return [column for column, _ in [*pieces, *(it for it in whole if it not in pieces)]]
 
 
 def count(compiled: Any) -> Counts:
@@ -180,8 +189,7 @@ def count(compiled: Any) -> Counts:
     """
     program = Program(compiled.as_text())
     launches = list(program.launches())
-    everything = [it for body in program.computations.values() for it in body]
-    collectives = [kind for kind, _ in {_collective(it) for it in everything}]
+    collectives = _collectives(program)
     cost = compiled.cost_analysis()
     accessed = (
         cost["bytes accessed"]
@@ -199,7 +207,7 @@ def count(compiled: Any) -> Counts:
         all_reduces=collectives.count("all_reduces"),
         all_gathers=collectives.count("all_gathers"),
         other_collectives=collectives.count("other_collectives"),
-        conditionals=sum(it.opcode == "conditional" for it in everything),
+        conditionals=sum(it.opcode == "conditional" for it in program.instructions.values()),
         bytes_accessed=int(accessed),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         largest_result=max((size for it in launches for size in it.sizes), default=0),

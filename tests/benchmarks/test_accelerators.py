@@ -49,12 +49,12 @@ def test_counts_of_a_gpus_program():
 def test_counts_of_a_tpus_program():
     """Layouts have parentheses and spaces in them, and fusions have fusions."""
     assert count((FOLDER / "tpu.hlo").read_text(), {"bytes accessed": 1234.0}) == {
-        # copy, fusion, convolution, slice, an all-gather in two pieces, all-reduce, comparison, a
-        # branch (the other does nothing), permutation
-        "launches": 10,
+        # copy, fusion, convolution, slice, an all-gather in two pieces, two all-reduces (shard_map
+        # gives all one channel), comparison, a branch (the other does nothing), permutation
+        "launches": 11,
         "copies": 1,
         "convolutions": 1,
-        "all_reduces": 1,
+        "all_reduces": 2,
         "all_gathers": 1,
         "other_collectives": 1,
         "conditionals": 1,
