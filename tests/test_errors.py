@@ -122,7 +122,7 @@ def test_checkpoints_that_are_removed(tmp_path):
     with contextlib.suppress(FileNotFoundError):
         (out / "checkpoints").rename(tmp_path / "removed")
     stdout, _ = finish(process)
-    assert f"the checkpoints in {out / 'checkpoints'} are gone; they start again" in stdout
+    assert f"the checkpoints in {out / 'checkpoints'} are gone; new ones start at step" in stdout
     assert epochs(out) == [*range(1, 13)]
     finish(start("--epochs", "13", "--out", str(out), "--resume"))
     assert epochs(out) == [*range(1, 14)]

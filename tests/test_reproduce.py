@@ -87,6 +87,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
 ):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
+    broken.mkdir()
     output = finish(start(whole))
     assert "run 2 of 2, about 0:00:" in output
     assert f"{Path('results', 'vit', 'REPORT.md')} holds the report of 2 runs" in output

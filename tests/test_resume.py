@@ -140,6 +140,11 @@ def checkpoints(out: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+def latest(out: Path) -> int:
+    """The step of the latest checkpoint."""
+    return max((int(name) for name in checkpoints(out) if name.isdigit()), default=0)
+
+
 def test_sigkill_at_any_moment(reference, tmp_path):
     """Inside a checkpoint's write, right after an epoch's record, and inside an epoch."""
     out, often = tmp_path / "run", ("--checkpoint-minutes", "0.0005")
@@ -295,9 +300,10 @@ def test_two_processes_equal_one_with_two_devices(tmp_path):
     epochs = ("--epochs", "6")
     finish(start(alone, *epochs, cpu_devices=2))
 
+    often = ("--checkpoint-minutes", "0.0005")
     for victim, resume in enumerate([(), ("--resume",)]):
-        pair = start_pair(together, *epochs, *resume)
-        wait_for(lambda: str((victim + 1) * STEPS) in checkpoints(together), pair[0])  # noqa: B023
+        pair = start_pair(together, *epochs, *often, *resume)
+        wait_for(lambda: latest(together) >= (victim + 1) * STEPS, pair[0])  # noqa: B023
         pair[victim].kill()
         killed = time.monotonic()
         said = pair[1 - victim].communicate(timeout=60)[1]

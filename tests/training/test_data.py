@@ -77,7 +77,7 @@ def test_subset_depends_on_the_seed_alone_and_grows_with_its_size():
 
 @pytest.mark.parametrize("train_size", [-1, 0, 9, 1438])
 def test_impossible_subset_is_refused_with_the_range(train_size):
-    with pytest.raises(DataError, match=rf"of {train_size} .* 10 .* to 1437 "):
+    with pytest.raises(DataError, match=rf"--train-size {train_size} is .* 10 .* to 1437 "):
         load("digits", train_size=train_size)
 
 
