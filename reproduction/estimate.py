@@ -36,9 +36,8 @@ def measured_rate(experiment: Experiment) -> float:
     """The rate of a few steps on random images; it takes the time to compile the program."""
     print(f"measuring {MEASURED_STEPS} steps of {experiment.model} ...", flush=True)
     dataset = data.random_dataset(experiment.dataset)
-    program = Program(
-        dataclasses.replace(experiment, train_size=None), dataset, devices.make_mesh()
-    )
+    one_epoch = dataclasses.replace(experiment, train_size=None, epochs=1)
+    program = Program(one_epoch, dataset, devices.make_mesh())
     train_data = program.put(dataset.train_images, dataset.train_labels)
     state, order = program.first_state(), program.epoch_order(np.int32(1))
     seconds = []
@@ -48,7 +47,7 @@ def measured_rate(experiment: Experiment) -> float:
         jax.block_until_ready(measured)
         seconds.append(time.perf_counter() - start)
     epoch = statistics.median(seconds[1:]) * (program.steps_per_epoch + program.evaluation_steps)
-    return epoch / cost(experiment)
+    return epoch / cost(one_epoch)
 
 
 def time_left(missing: Sequence[Experiment], rates: Rates, *, measure: bool = False) -> str:

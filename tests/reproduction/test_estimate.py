@@ -1,7 +1,9 @@
 """The time that a study will take, from rates worked out by hand."""
 
 import dataclasses
+import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -51,11 +53,14 @@ def test_an_unknown_model_is_as_fast_as_the_others_or_measured(monkeypatch):
     assert estimate.time_left([], rates) == "nothing left"
 
 
-def test_a_measured_rate_grows_with_the_work(monkeypatch, capsys):
-    rates = []
-    for widths in ((4, 8), (32, 64)):
-        tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=widths))
-        monkeypatch.setitem(MODELS, "resnet20", tiny)
-        rates.append(estimate.measured_rate(EXPERIMENT))
-    assert 0 < rates[0] < rates[1]
+def test_a_measured_step_stands_for_all_steps_of_the_runs(monkeypatch, capsys):
+    """A clock by which each step takes a second: 22 steps and 287 / 64 / 3 evaluate an epoch."""
+    tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
+    monkeypatch.setitem(MODELS, "resnet20", tiny)
+    clock = itertools.count()
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rate = estimate.measured_rate(EXPERIMENT)
+    for epochs in (1, 10):
+        it = dataclasses.replace(EXPERIMENT, epochs=epochs)
+        assert rate * studies.cost(it) == pytest.approx(epochs * (1437 // 64 + 287 / 64 / 3))
     assert "measuring 3 steps of resnet20 ..." in capsys.readouterr().out
