@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import MODELS, resnet110
 from training import cpu
 from training.config import recipe
-from training.data import Dataset
+from training.data import Dataset, random_dataset
 from training.optimizers import METHODS, make_optimizer
 from training.program import Program
 
@@ -64,13 +64,6 @@ class Case:
     mebibytes: float | None = None  # the arrays of all devices, at the peak
     seconds: list[float] = dataclasses.field(default_factory=list)
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
-
-
-def random_data() -> Dataset:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (NUM_IMAGES, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, 100, NUM_IMAGES, dtype=np.int32)
-    return Dataset(images, labels, images[:1], labels[:1], 100, (0.5,) * 3, (0.25,) * 3)
 
 
 def make_program(name: str, batch_size: int, num_devices: int, data: Dataset) -> Program:
@@ -226,7 +219,7 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     cpu.keep_memory()  # PyTorch's as well
     most = jax.local_device_count()
-    data = random_data()
+    data = random_dataset("cifar100", NUM_IMAGES)
     print(
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}, "
         f"{len(os.sched_getaffinity(0))} cores, n = {options.repeats}"

@@ -109,9 +109,16 @@ def load(
     return dataset if train_size is None else _subset(dataset, name, train_size, seed)
 
 
-def random_dataset(name: str) -> Dataset:
-    """Random images and labels in the shapes of a data set; to measure speed without one."""
+def random_dataset(name: str, num_train: int | None = None) -> Dataset:
+    """Random images and labels in the shapes of a data set, to measure speed without one.
+
+    Args:
+      name: the data set.
+      num_train: the number of training images (default: as many as it has). There are a fifth as
+        many test images.
+    """
     spec = DATASETS[name]
+    num_train = num_train or spec.num_train
     rng = np.random.default_rng(0)
 
     def split(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +126,7 @@ def random_dataset(name: str) -> Dataset:
         images = rng.integers(0, 256, shape, np.uint8)
         return images, rng.integers(0, spec.num_classes, count, np.int32)
 
-    return _described(name, *split(spec.num_train), *split(spec.num_train // 5))
+    return _described(name, *split(num_train), *split(num_train // 5))
 
 
 def _digits() -> Dataset:

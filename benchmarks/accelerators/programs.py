@@ -15,7 +15,7 @@ from models import MODELS
 from optax_autoscale import measure_effect
 from training import devices
 from training.config import recipe
-from training.data import DATASETS, Dataset
+from training.data import random_dataset
 from training.optimizers import METHODS, OPTIMIZERS
 from training.program import Program
 
@@ -83,7 +83,7 @@ def trace(case: Case, mesh: Mesh) -> Any:
     experiment = dataclasses.replace(
         recipe("cifar100"), model=case.model, precision=case.precision, method=case.method
     )
-    dataset, fsdp = cifar100_shapes(), case.placement == "fsdp"
+    dataset, fsdp = random_dataset("cifar100"), case.placement == "fsdp"
     program = Program(experiment, dataset, mesh, fsdp=fsdp)
     everywhere = devices.replicated(mesh)
 
@@ -101,18 +101,6 @@ def trace(case: Case, mesh: Mesh) -> Any:
     data = describe_data(dataset.train_images, dataset.train_labels)
     order = describe(jax.eval_shape(program.epoch_order, np.int32(1)))
     return program.train_functions[False].trace(state, data, order)
-
-
-def cifar100_shapes() -> Dataset:
-    """CIFAR-100 without its content."""
-    spec = DATASETS["cifar100"]
-    images = np.zeros((60_000, spec.image_size, spec.image_size, len(spec.mean)), np.uint8)
-    labels = np.zeros(len(images), np.int32)
-    train, test = slice(spec.num_train), slice(spec.num_train, None)
-    return Dataset(
-        *(images[train], labels[train], images[test], labels[test]),
-        *(spec.num_classes, spec.mean, spec.std),
-    )
 
 
 def _trace_update(case: Case, mesh: Mesh) -> Any:
