@@ -94,7 +94,7 @@ def updates_by_step(it: Experiment, epochs: int) -> list[np.ndarray]:
     """What each step changed, all parameters in one vector."""
     state, updates = program(it).first_state(), []
     for _ in range(epochs * STEPS):
-        before = jax.device_get(state.params)
+        before = state.params  # a step leaves it as it is, and a checkpoint may be reading it
         state, _ = take_step(it, state)
         change = jax.tree.map(lambda new, old: oracle.float64(new - old), state.params, before)
         updates.append(np.concatenate([*map(np.ravel, jax.tree.leaves(change))]))
