@@ -29,7 +29,7 @@ WIDTH = 44  # columns of the bars, and of the curves below them
 
 
 class Display:
-    """A live view of a run, to be entered as a context.
+    """A live view of a run, as a context manager.
 
     Args:
       experiment: what is trained.
