@@ -3,8 +3,8 @@
     python -m benchmarks.accelerator --output accelerator.json
 
 Neither a network nor a data set is needed: images are random, in the shapes of CIFAR-100. It is
-meant to take less than 9 minutes on an H100, and has not been run on one yet. A CPU does less of the
-same, to try it. The tables can be pasted into `benchmarks/README.md`.
+meant to take less than 9 minutes on an H100, and has not been run on one yet. A CPU does less of
+the same, to try it. The tables can be pasted into `benchmarks/README.md`.
 
 - *images/s*, *ms*: of training steps that follow each other, as in a run.
 - *host ms*: how long the host takes to hand over a step while the device has nothing to do.

@@ -24,6 +24,7 @@ def test_passes_and_names_versions_and_devices(capsys):
     assert all(str(device) in out for device in jax.devices())
     assert out.count("\nok ") == 10
     assert f"over {jax.device_count()} device(s)" in out
+    assert out.endswith("\nall checks passed\n")
 
 
 @pytest.mark.parametrize(
@@ -35,4 +36,5 @@ def test_fails_where_the_transformation_is_wrong(broken, capsys, monkeypatch):
     monkeypatch.setattr(optax_autoscale, "autoscale", broken)
     code, out = run(capsys)
     assert code == 1
+    assert out.endswith(f"\n{out.count('FAIL ')} of the checks failed\n")
     assert "\nFAIL " in out

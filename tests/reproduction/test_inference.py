@@ -457,6 +457,17 @@ def curves(*jumps):
         (curves(*[None] * 7), curves(*[1.0] * 7), "contradicted"),
         (curves(*[1.0] * 5), curves(None, None, None, 1.0, 1.0), "not distinguished"),  # p = 0.25
         (curves(*[1.0] * 6), curves(*[None] * 6), "not distinguished"),  # p = 0.031, of two tests
+        # One outcome for the method, the other against it: no clear answer either way.
+        (
+            curves(3.0, 3.3, 2.9, *[1.0] * 7),
+            curves(1.0, 1.1, 0.9, *[None] * 7),
+            "not distinguished",
+        ),
+        (
+            curves(1.0, 1.1, 0.9, *[None] * 7),
+            curves(3.0, 3.3, 2.9, *[1.0] * 7),
+            "not distinguished",
+        ),
         (curves(1.0), curves(3.0, 3.3), "not tested"),
     ],
 )

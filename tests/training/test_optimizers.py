@@ -102,6 +102,31 @@ def test_sgd_has_momentum_and_an_l2_penalty():
         np.testing.assert_allclose(updates[name], -0.1 * (grad + 0.9 * grad), rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 0.01], ids=["p = 2", "p = 1"])
+def test_each_form_of_the_method_is_its_equation(size):
+    """The second update, whose exponent is the one that the first step decided."""
+    grads = jax.tree.map(lambda grad: size * grad, GRADS)
+    kernel = np.asarray(grads["kernel"], np.float64)
+    ratio = 4 / abs(np.log(kernel.std(ddof=1)))
+    factor = ratio if ratio**2 < 0.5 else ratio**2
+    centered = kernel - kernel.mean()
+    expected = {
+        "none": kernel,
+        "centering": centered,
+        "scaling": factor * kernel,
+        "autoscale": factor * centered,
+        "autoscale_p1": ratio * centered,
+        "autoscale_p2": ratio**2 * centered,
+        "autoscale_max1": min(factor, 1) * centered,
+    }
+    for method, update in expected.items():
+        tx = METHODS[method].make()
+        _, state = tx.update(grads, tx.init(PARAMS), PARAMS)
+        updates, _ = tx.update(grads, state, PARAMS)
+        np.testing.assert_allclose(updates["kernel"], update, rtol=1e-5, atol=1e-6 * size)
+        np.testing.assert_array_equal(updates["bias"], grads["bias"])
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("none", "clip")])
 def test_methods_act_on_the_gradient(method):
     plain = updates_of(Experiment(method="none", optimizer="sgd"), GRADS, PARAMS)
