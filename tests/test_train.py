@@ -140,6 +140,7 @@ def test_tensorboard_has_histograms_of_the_layers(run):
     counts, edges = np.histogram(kernel, bins=30)
     np.testing.assert_array_equal(shown.bucket, counts)
     np.testing.assert_allclose(shown.bucket_limit, edges[1:], rtol=1e-6)
+    assert (shown.min, shown.max) == pytest.approx((kernel.min(), kernel.max()))
     # Another step's gradients than the epoch's mean, but of the same size.
     for layer, std in layers.items():
         shown = histograms[f"gradients/{layer}", 2]

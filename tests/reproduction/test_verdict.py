@@ -145,6 +145,21 @@ def test_layers_that_all_agree_contradict_that_they_differ(tmp_path):
     claim = claims(read_all(tmp_path))[LAYERS]
     assert claim.verdict == "contradicted"
     assert claim.evidence[0].finding.text == "falls in 2 of 2 layers"
+    for last in (0.1, 0.3):  # one layer stays as it is, and the other does so too or rises
+        rising = {
+            "layer_std": lambda epoch, last=last: {
+                "stem": 0.1,
+                "classifier": [0.1, last][epoch > 1],
+            }
+        }
+        primary(tmp_path, 0.0, record=rising)
+        claim = claims(read_all(tmp_path))[LAYERS]
+        assert claim.verdict == "contradicted"
+        assert claim.evidence[0].finding.text == "falls in 0 of 2 layers"
+    primary(
+        tmp_path, 0.0, record={"layer_std": lambda epoch: {"stem": 0.1 / epoch, "classifier": 0.1}}
+    )
+    assert claims(read_all(tmp_path))[LAYERS].verdict == "contradicted"
 
 
 def test_a_baseline_that_diverges_more_often_is_less_stable(tmp_path):

@@ -59,6 +59,20 @@ def test_lost_ones_start_again(how, checkpoints, said, tmp_path):
     assert latest(folder) == 4
 
 
+def test_a_damaged_one_is_removed_and_the_one_before_it_is_read(checkpoints, said, tmp_path):
+    checkpoints.save(2, state(2))
+    checkpoints.wait()
+    folder = tmp_path / "run" / "checkpoints"
+    for path in (folder / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    restored: Any = checkpoints.restore(state(0))
+    np.testing.assert_array_equal(restored["params"], np.arange(6.0))
+    (message,) = said
+    assert message.startswith("the checkpoint after step 2 is damaged and was removed (")
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["1"]
+
+
 def test_a_run_that_is_moved_is_left_alone(checkpoints, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=f"was moved to {tmp_path / 'moved'} while"):
