@@ -68,9 +68,14 @@ class Evidence(NamedTuple):
         return f"{self.n} of {self.planned}" if self.n < self.planned else f"{self.n}"
 
 
+def data_of(scale: str) -> str:
+    """The data set of a scale such as `"CIFAR-100, 20 epochs"`."""
+    return scale.partition(",")[0]
+
+
 def in_brief(evidence: Sequence[Evidence]) -> str:
     """What the runs of one study found."""
-    data = evidence[0].scale.partition(",")[0]
+    data = data_of(evidence[0].scale)
     seeds = "/".join(dict.fromkeys(it.seeds for it in evidence))
     return f"{data}, n = {seeds}: {', '.join(dict.fromkeys(it.finding.brief for it in evidence))}"
 
@@ -104,6 +109,12 @@ class Claim(NamedTuple):
             if verdict in verdicts:
                 return verdict
         return "not tested"
+
+    @property
+    def conclusion(self) -> str:
+        """The verdict, with the data set that it is from where that is not the paper's."""
+        data = {data_of(it.scale) for it in self.judged} - {"CIFAR-100"}
+        return f"*{self.verdict}*" + "".join(f" on {each}" for each in sorted(data))
 
     @property
     def basis(self) -> str:
@@ -182,7 +193,7 @@ def claims(groups: Groups) -> list[Claim]:
         ),
         Claim(
             "The factor $a_t$ never exceeds 1",
-            "$a_t$ never exceeds 1",
+            "$a_t$ never exceeds 1 (largest mean of an epoch)",
             "No epoch's mean is above 1 in any run. By the paper's equation it is above 1 for "
             "standard deviations between 0.018 and 55, whether or not these runs get there; "
             "`max_scale=1.0` enforces the claim.",
@@ -456,8 +467,7 @@ def page(groups: Groups) -> str:
         "runs on CIFAR-100 ended. A claim is *supported*, *contradicted*, *not distinguished* "
         "(tested without a clear answer) or *not tested*. Each study judges it once all planned "
         "runs that it needs are in, and its verdict is that of the study nearest to the paper's "
-        "scale, CIFAR-100 for 200 epochs. In the table above, brackets hold what fewer runs at a "
-        "larger scale show, which is not judged. Intervals are 95% intervals; tests are at "
+        "scale, CIFAR-100 for 200 epochs. Intervals are 95% intervals; tests are at "
         f"{ALPHA:g}, corrected within a study.",
         "## Table 1, cell by cell",
         "Accuracy in points above AdamW; for AdamW itself in %. Only runs on CIFAR-100 judge a "
@@ -509,7 +519,7 @@ def block(groups: Groups, prefix: str) -> str:
         for cell in cells(groups)
         if cell.method == "autoscale"
     ]
-    rows += [[claim.short, f"*{claim.verdict}*", claim.basis] for claim in claims(groups)]
+    rows += [[claim.short, claim.conclusion, claim.basis] for claim in claims(groups)]
     lines = [
         f"**Does it help?** {helps(groups)}",
         f"**What does it do to the steps?** {acts(groups)}",
@@ -520,6 +530,10 @@ def block(groups: Groups, prefix: str) -> str:
         [
             *lines,
             markdown.table(["the paper's claim", "verdict", "measured"], rows),
+            "Several numbers of one data set are those of ResNet-20, ResNet-56 and VGG-16-BN. "
+            "Scatter is that of the last changes of the test accuracy, in points, minus the "
+            "other's: below 0 it is smoother. Brackets hold what fewer runs at a larger scale "
+            "show, which is not judged.",
             f"![{caption}]({prefix}verdict.png)",
             *([f"[The verdict in full]({prefix}VERDICT.md)"] if prefix else []),
         ]
@@ -554,7 +568,10 @@ def helps(groups: Groups) -> str:
         text += ", ".join(
             f"{MODELS[each.group.model].label} {difference(each.comparison)}" for each in small
         )
-        text += f" points ({small[0].family} tests, Holm-corrected)."
+        text += (
+            " points, each with its 95% interval; significance is after Holm's correction for "
+            f"{small[0].family} tests."
+        )
     return text
 
 
@@ -570,10 +587,10 @@ def acts(groups: Groups) -> str:
             if each.optimizer == "adamw" and arms:
                 ratio, _, unexplained = effect(arms[0])
                 return (
-                    f"{text} {MODELS[each.model].label}, {each.scale}: they are "
+                    f"{text} {MODELS[each.model].label}, {each.scale}: the updates are "
                     f"{ratio[0]:.2f} times as long as AdamW's in the first epoch and "
-                    f"{ratio[-1]:.2f} times in the last, and no learning rate explains "
-                    f"{unexplained.mean():.0%} of them."
+                    f"{ratio[-1]:.2f} times in the last, and apart from {unexplained.mean():.0%} "
+                    "of their squared norm they are AdamW's with another learning rate."
                 )
     return f"{text} These runs did not measure by how much; `measure_effect` does so in yours."
 

@@ -66,7 +66,12 @@ def test_wheel_has_the_library_alone(wheel):
 def test_sdist_has_what_the_wheel_is_built_from(dist, wheel, tmp_path, monkeypatch):
     with tarfile.open(dist / f"{NAME}.tar.gz") as sdist:
         assert set(sdist.getnames()) == {f"{NAME}/{name}" for name in LIBRARY | SOURCE}
-        sdist.extractall(tmp_path, filter="data")
+        for member in sdist:
+            path = tmp_path / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = sdist.extractfile(member)
+            assert file is not None
+            path.write_bytes(file.read())
     monkeypatch.chdir(tmp_path / NAME)
     again = tmp_path / hatchling.build.build_wheel(str(tmp_path))
     assert again.read_bytes() == wheel.read_bytes()
@@ -80,11 +85,10 @@ def test_it_needs_jax_and_optax_alone(installed):
 
 def test_import_adds_nothing_to_that_of_jax_and_optax(installed):
     code = """if True:
-        import sys, time
+        import sys
         import jax, optax
-        before, start = set(sys.modules), time.perf_counter()
+        before = set(sys.modules)
         import optax_autoscale
-        print(time.perf_counter() - start)
         print(optax_autoscale.__file__)
         print({name.partition(".")[0] for name in set(sys.modules) - before})
     """
@@ -96,10 +100,9 @@ def test_import_adds_nothing_to_that_of_jax_and_optax(installed):
         text=True,
         check=True,
     )
-    seconds, file, modules = process.stdout.splitlines()
+    file, modules = process.stdout.splitlines()
     assert Path(file).parent == installed / "optax_autoscale"
     assert eval(modules) - sys.stdlib_module_names == {"optax_autoscale"}
-    assert float(seconds) < 0.5
 
 
 def test_version_is_the_same_everywhere():
