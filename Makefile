@@ -7,6 +7,8 @@ JAX ?= cpu
 ARGS ?=
 
 BIN := $(VENV)/bin
+# The longest files have few tests, and would come last if files were sorted by these.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 LOWEST := $(VENV)-lowest
 TRAINING := $(VENV)/.installed-train-$(JAX)
 ACCELERATORS := $(VENV)-accelerators
@@ -21,10 +23,10 @@ train: $(TRAINING)
 	$(BIN)/python train.py --auto-resume $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # With the lowest versions that pyproject.toml allows: the library alone with jax and optax, then the
 # tests. Warnings are those of old packages about each other.
@@ -33,7 +35,7 @@ test-lowest: $(INSTALLED)
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct .
 	$(LOWEST)/bin/python -I -m optax_autoscale
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
-	$(LOWEST)/bin/python -m pytest -n auto --dist loadfile -W default $(ARGS)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) -W default $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
