@@ -11,7 +11,6 @@ from models import MODELS, resnet8
 from tests import oracle
 from training.config import Experiment
 from training.data import Dataset
-from training.optimizers import METHODS
 from training.program import Program, TrainState
 
 EXPERIMENT = Experiment(batch_size=16, learning_rate=3e-3)
@@ -159,8 +158,9 @@ def first_gradients():
     return loss_and_grads(params)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_records_the_raw_gradients(method):
+# One that changes nothing, one with a state, one without, and one that a second optimizer follows.
+@pytest.mark.parametrize("method", ["none", "autoscale", "zscore", "autoscale_direction"])
+def test_a_record_is_of_the_raw_gradients_whatever_the_method(method):
     it = dataclasses.replace(EXPERIMENT, method=method, batch_size=NUM_TRAIN)
     state, (loss, global_std, scale_factor, _, raw) = take_step(
         it, program(it).first_state(), BLANK, gradients=True
