@@ -113,8 +113,8 @@ class Claim(NamedTuple):
     @property
     def conclusion(self) -> str:
         """The verdict, with the data set that it is from where that is not the paper's."""
-        data = {data_of(it.scale) for it in self.judged} - {"CIFAR-100"}
-        return f"*{self.verdict}*" + "".join(f" on {each}" for each in sorted(data))
+        data = data_of(self.judged[0].scale) if self.judged else "CIFAR-100"
+        return f"*{self.verdict}*" if data == "CIFAR-100" else f"*{self.verdict}* on {data}"
 
     @property
     def basis(self) -> str:
