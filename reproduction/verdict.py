@@ -294,8 +294,8 @@ def layers(arms: Sequence[Arm], alpha: float) -> Finding:
             total = len(first)
     if not falls:
         return NOTHING
-    some = "/".join(map(str, sorted({min(falls), max(falls)})))
-    text = f"falls in {some.replace('/', ' to ')} of {total} layers"
+    some = " to ".join(map(str, sorted({min(falls), max(falls)})))
+    text = f"falls in {some} of {total} layers"
     return Finding(text, f"{some}/{total} fall", inference.verdict_on_every_run(holds))
 
 
