@@ -68,16 +68,10 @@ class Evidence(NamedTuple):
         return f"{self.n} of {self.planned}" if self.n < self.planned else f"{self.n}"
 
 
-def data_of(scale: str) -> str:
-    """The data set of a scale such as `"CIFAR-100, 20 epochs"`."""
-    return scale.partition(",")[0]
-
-
 def in_brief(evidence: Sequence[Evidence]) -> str:
     """What the runs of one study found."""
-    data = data_of(evidence[0].scale)
-    seeds = "/".join(dict.fromkeys(it.seeds for it in evidence))
-    return f"{data}, n = {seeds}: {', '.join(dict.fromkeys(it.finding.brief for it in evidence))}"
+    scale, seeds = evidence[0].scale, "/".join(dict.fromkeys(it.seeds for it in evidence))
+    return f"{scale}, n = {seeds}: {', '.join(dict.fromkeys(it.finding.brief for it in evidence))}"
 
 
 class Claim(NamedTuple):
@@ -113,7 +107,7 @@ class Claim(NamedTuple):
     @property
     def conclusion(self) -> str:
         """The verdict, with the data set that it is from where that is not the paper's."""
-        data = data_of(self.judged[0].scale) if self.judged else "CIFAR-100"
+        data = self.judged[0].scale.partition(",")[0] if self.judged else "CIFAR-100"
         return f"*{self.verdict}*" if data == "CIFAR-100" else f"*{self.verdict}* on {data}"
 
     @property
@@ -365,8 +359,8 @@ class Cell(NamedTuple):
         comparison = self.contrast.comparison
         if comparison.missing:
             return f"{markdown.count(comparison.missing, 'run')} missing"
-        data = self.contrast.group.scale.partition(",")[0]
-        return f"{data}, n = {comparison.estimate.n}: {difference(comparison)}"
+        scale = self.contrast.group.scale
+        return f"{scale}, n = {comparison.estimate.n}: {difference(comparison)}"
 
 
 def cells(groups: Groups) -> list[Cell]:

@@ -73,7 +73,7 @@ def test_nothing_is_judged_while_one_run_is_missing(tmp_path):
     assert (found.verdict, found.cifar100) == ("not tested", "1 planned run missing, 20 epochs")
     judged = claims(read_all(tmp_path))
     assert {claim.verdict for claim in judged} == {"not tested"}
-    assert judged[GLOBAL].basis.startswith("(CIFAR-100, n = 5 of 6: x")
+    assert judged[GLOBAL].basis.startswith("(CIFAR-100, 20 epochs, n = 5 of 6: x")
     assert found.brief == "1 run missing"
 
 
@@ -107,7 +107,7 @@ def test_digits_judge_the_dynamics_but_no_cell_of_table_1(tmp_path):
     write(tmp_path / "cifar100", "cifar100", outcomes, record=rising)
     claim = claims(read_all(tmp_path))[GLOBAL]
     assert claim.verdict == "supported"
-    assert claim.basis.endswith(" (CIFAR-100, n = 5 of 6: x3.00)")
+    assert claim.basis.endswith(" (CIFAR-100, 20 epochs, n = 5 of 6: x3.00)")
 
 
 def test_the_trend_is_judged_by_all_runs_and_says_where_it_is_highest(tmp_path):
@@ -134,7 +134,7 @@ def test_one_counterexample_in_any_study_contradicts_the_bound(tmp_path):
     write(tmp_path / "vit", "vit", outcomes, record={"scale_factor": 1.001})
     claim = claims(read_all(tmp_path))[FACTOR]
     assert claim.verdict == "contradicted"
-    assert claim.basis == "digits, n = 3: 1.01"
+    assert claim.basis == "digits, 40 epochs, n = 3: 1.01"
     assert claim.conclusion == "*contradicted* on digits"
 
 
