@@ -608,7 +608,8 @@ def advice(groups: Groups) -> str:
         return f"Expect a smaller gain than the paper's; {own}."
     if cell.verdict == "contradicted":
         return "Do not expect the paper's gain: one of its size is ruled out at this scale."
-    return f"No gain was shown, and one of the paper's size is not ruled out; {own}."
+    near = f"one within {markdown.count(int(MARGIN), 'point')} of the paper's is not ruled out"
+    return f"No gain was shown, and {near}; {own}."
 
 
 def draw(groups: Groups, folder: Path) -> None:
