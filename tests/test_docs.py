@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for kind in ("md", "ipynb") for path in (ROOT / "docs").glob(f"*.{kind}"))
 SOURCES = [
     *sorted(ROOT.glob("*.md")),
-    *sorted(ROOT.glob("*/README.md")),
+    *sorted(ROOT.glob("[!.]*/README.md")),
     *sorted(ROOT.glob("results/**/*.md")),
     *PAGES,
 ]
