@@ -32,7 +32,7 @@ def make_data() -> Dataset:
 DATA = make_data()
 
 
-TINY = MODELS["resnet20"]._replace(make=functools.partial(resnet8, widths=(4, 8)))
+TINY = MODELS["resnet20"]._replace(make=functools.partial(resnet8, widths=(8,)))
 
 
 @pytest.fixture(autouse=True)
