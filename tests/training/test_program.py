@@ -19,6 +19,7 @@ from training.program import Program
 
 NUM_TEST = 23
 EXPERIMENT = Experiment(dataset="cifar10", batch_size=16, cutmix_probability=0.5)
+METERED = dataclasses.replace(EXPERIMENT, effect=True)
 TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(16,)))
 
 
@@ -58,9 +59,6 @@ def run(count: int, *, fsdp: bool = False, steps: int = 6, experiment: Experimen
 
 def evaluate(program, state):
     return program.evaluate(state, program.put(DATA.test_images, DATA.test_labels))
-
-
-METERED = dataclasses.replace(EXPERIMENT, effect=True)
 
 
 @pytest.fixture(scope="module")
