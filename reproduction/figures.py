@@ -29,7 +29,7 @@ def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str, str]]:
     traced = [group for group in groups if group.finished("autoscale")]
     if any(group.dataset == "cifar10" for group in traced):  # as in the paper
         traced = [group for group in traced if group.dataset == "cifar10"]
-    mapped = [group for group in traced if group.model == "vgg16_bn"] or traced[-1:]
+    mapped = [group for group in traced if group.model == "vgg16_bn"] or traced[:1]
     pictures: list[tuple[str, str, str, Callable[[Figure, Any], None], Sequence[Group]]] = [
         (
             "figure1",

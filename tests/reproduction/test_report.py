@@ -1,18 +1,21 @@
 """The report: numbers worked out by hand, what is claimed and what is not, reproducible bytes."""
 
+import contextlib
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
 from synthetic import write
 
 from reproduction import figures
+from reproduction.groups import group
 from reproduction.report import TEST_IMAGES, write_report
-from reproduction.studies import PAPER_METHODS, PAPER_MODELS, STUDIES
+from reproduction.studies import PAPER_METHODS, PAPER_MODELS, STUDIES, read
 from training import data
 
 ROOT = Path(__file__).parents[2]
@@ -257,6 +260,28 @@ def test_a_report_comes_out_the_same_to_the_byte(tmp_path):
         if name.endswith("png"):
             with Image.open(tmp_path / "one" / name) as picture:
                 assert len(set(picture.convert("L").tobytes())) > 10  # something is drawn
+
+
+@pytest.mark.parametrize(
+    ("study", "shown"),
+    [
+        ("digits", "VGG-16-BN on digits, AdamW"),
+        ("ablation", "ResNet-20 on digits, AdamW"),
+        ("cifar100", "ResNet-20 on CIFAR-100, AdamW"),
+    ],
+)
+def test_figure_3_shows_the_papers_network_or_else_its_optimizer(
+    study, shown, monkeypatch, tmp_path
+):
+    arms = [(run.model, run.method, run.optimizer) for run in STUDIES[study].experiments()]
+    write(tmp_path, study, {arm: [0.5, 0.6] for arm in arms if "autoscale" in arm})
+    titles = []
+    monkeypatch.setattr(
+        figures, "exponents", lambda _, groups: titles.extend(group.title for group in groups)
+    )
+    monkeypatch.setattr(figures, "figure_of", lambda *_: contextlib.nullcontext(Figure()))
+    figures.draw(group(STUDIES[study], read(tmp_path).values()), tmp_path)
+    assert titles == [shown]
 
 
 @pytest.mark.parametrize("study", [name for name in STUDIES if (ROOT / "results" / name).exists()])
