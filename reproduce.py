@@ -54,6 +54,7 @@ class Options:
     - vit: a Vision Transformer
     - cpu: CIFAR-100 for 5 epochs
     - cifar100: does it help on CIFAR-100, and why; 20 epochs
+    - cifar100-gpu: the same again on one GPU
     - paper: the paper's own scale"""
     hours: Annotated[float | None, NO_HINT] = None
     """Stop after this many hours; the same command resumes."""

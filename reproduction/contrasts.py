@@ -68,12 +68,12 @@ class Family(NamedTuple):
 def families(preset: str, groups: Sequence[Group]) -> list[Family]:
     """The contrasts of a study.
 
-    Those of the study on CIFAR-100 are in its plan. Every other study has two families over all of
-    its groups: every method against the plain optimizer, and `autoscale` against every other
+    Those of the studies on CIFAR-100 are in their plan. Every other study has two families over all
+    of its groups: every method against the plain optimizer, and `autoscale` against every other
     method. The residuals of a group's planned arms are pooled, so a group is tested once all of
     their runs are in.
     """
-    found = _cifar100(groups) if preset == "cifar100" else _other(groups)
+    found = _cifar100(groups) if preset in ("cifar100", "cifar100-gpu") else _other(groups)
     return [family for family in found if family.contrasts]
 
 

@@ -56,8 +56,10 @@ class Group(NamedTuple):
 
     @property
     def scale(self) -> str:
-        """Data set and number of epochs."""
-        return f"{DATASETS[self.dataset].label}, {self.epochs} epochs"
+        """Data set and number of epochs, and the device if it is not a CPU."""
+        runs = [run for arm in self.arms.values() for run in arm.runs.values()]
+        devices = {run.description["device"] for run in runs} - {"cpu"}
+        return ", ".join([DATASETS[self.dataset].label, f"{self.epochs} epochs", *sorted(devices)])
 
     @property
     def shown(self) -> dict[str, Arm]:

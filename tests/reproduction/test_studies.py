@@ -52,8 +52,9 @@ def test_runs_go_grid_by_grid_by_cost_and_then_by_seed_with_all_methods_of_each(
     assert not runs
 
 
-def test_the_study_on_cifar100_is_what_its_plan_says():
-    runs = STUDIES["cifar100"].experiments()
+@pytest.mark.parametrize("study", ["cifar100", "cifar100-gpu"])
+def test_the_study_on_cifar100_is_what_its_plan_says(study):
+    runs = STUDIES[study].experiments()
     assert [run.seed for run in runs[:12]] == [seed for seed in range(6) for _ in range(2)]
     arms = Counter((run.optimizer, run.method, run.weight_decay) for run in runs)
     assert arms == {

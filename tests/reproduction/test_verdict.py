@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 from synthetic import write
 
 from reproduction import verdict
@@ -19,14 +20,16 @@ NOISE = np.array([0.002, -0.001, 0.001, -0.002, 0.0015, -0.0015])
 GLOBAL, LAYERS, FACTOR, CONVERGES, STABLER, SMOOTHER, TUNING = range(7)
 
 
-def primary(folder: Path, points: float, seeds: int = 6, **changes) -> None:
+def primary(
+    folder: Path, points: float, seeds: int = 6, study: str = "cifar100", **changes
+) -> None:
     """The study's primary contrast, with so large a difference."""
     ours = PLAIN + NOISE + points / 100
     outcomes = {
         ("resnet20", "none", "adamw"): PLAIN,
         ("resnet20", "autoscale", "adamw"): ours[:seeds],
     }
-    write(folder / "cifar100", "cifar100", outcomes, **changes)
+    write(folder / study, study, outcomes, **changes)
 
 
 def cell(folder: Path, model: str = "resnet20", method: str = "autoscale") -> verdict.Cell:
@@ -57,6 +60,34 @@ def test_the_paper_s_difference_is_judged_when_all_runs_are_in(points, expected,
     assert "n = 6" in found.cifar100
     assert advice in line(tmp_path, "**Should you add it?**")
     assert "ResNet-20 on CIFAR-100, 20 epochs: " in line(tmp_path, "**Does it help?**")
+
+
+def test_a_repetition_on_a_gpu_is_shown_beside_the_test_that_it_repeats(tmp_path):
+    primary(tmp_path, 2.0)
+    before = line(tmp_path, "**Does it help?**")
+    gpu = {"study": "cifar100-gpu", "device": "NVIDIA A100"}
+    primary(tmp_path, -3.0, seeds=5, **gpu)
+    assert line(tmp_path, "**Does it help?**") == before
+    primary(tmp_path, -3.0, **gpu)
+    # The mean of both is PLAIN + NOISE - 0.5 points.
+    spread = stats.t.ppf(0.975, 5) * 100 * NOISE.std(ddof=1) / np.sqrt(6)
+    assert line(tmp_path, "**Does it help?**") == (
+        f"{before} The same runs on one NVIDIA A100: -3.00 ({-3 - spread:+.2f} to "
+        f"{-3 + spread:+.2f}); the mean of both devices: -0.50 ({-0.5 - spread:+.2f} to "
+        f"{-0.5 + spread:+.2f})."
+    )
+    found = cell(tmp_path)
+    assert found.verdict == "supported"
+    assert found.cifar100.endswith("), n = 6, 20 epochs, NVIDIA A100")
+    both = [it.scale for it in claims(read_all(tmp_path))[GLOBAL].evidence]
+    assert both == ["CIFAR-100, 20 epochs", "CIFAR-100, 20 epochs, NVIDIA A100"]
+
+
+def test_a_gpu_judges_what_the_cpu_has_not_finished(tmp_path):
+    primary(tmp_path, 2.0, seeds=5)
+    primary(tmp_path, -3.0, study="cifar100-gpu", device="NVIDIA A100")
+    assert cell(tmp_path).verdict == "contradicted"
+    assert "on CIFAR-100, 20 epochs, NVIDIA A100: " in line(tmp_path, "**Does it help?**")
 
 
 def test_a_large_spread_distinguishes_nothing(tmp_path):
