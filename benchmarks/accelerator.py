@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +89,31 @@ class Training:
         return 1000 * statistics.median(seconds)
 
 
+def trainings(batch_size: int, changes: Sequence[dict[str, Any]]) -> list[Training]:
+    """Trainings whose programs are compiled at the same time; see `Training`."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda each: Training(batch_size, **each), changes))
+
+
 def speed(
     models: Sequence[str], precisions: Sequence[str], batch_size: int, steps: int
 ) -> list[dict[str, Any]]:
     """Images per second and host time of each model in each precision."""
+    cases = [
+        {"model": model, "precision": precision} for model in models for precision in precisions
+    ]
     rows = []
-    for model in models:
-        for precision in precisions:
-            training = Training(batch_size, model=model, precision=precision)
-            times = [training.milliseconds(steps) for _ in range(5)]
-            low, median, high = np.percentile(times, [25, 50, 75])
-            rows.append(
-                {
-                    "model": model,
-                    "precision": precision,
-                    "images/s": round(1000 * batch_size / median),
-                    "ms": f"{median:.2f} ({low:.2f} to {high:.2f})",
-                    "host ms": round(training.host_milliseconds(steps), 3),
-                }
-            )
+    for case, training in zip(cases, trainings(batch_size, cases), strict=True):
+        times = [training.milliseconds(steps) for _ in range(5)]
+        low, median, high = np.percentile(times, [25, 50, 75])
+        rows.append(
+            {
+                **case,
+                "images/s": round(1000 * batch_size / median),
+                "ms": f"{median:.2f} ({low:.2f} to {high:.2f})",
+                "host ms": round(training.host_milliseconds(steps), 3),
+            }
+        )
     return rows
 
 
@@ -114,10 +121,11 @@ def update(
     methods: Sequence[str], model: str, batch_size: int, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
     """What the methods add to a training step, interleaved; the first one is compared with."""
-    trainings = {method: Training(batch_size, model=model, method=method) for method in methods}
+    cases = [{"model": model, "method": method} for method in methods]
+    compared = dict(zip(methods, trainings(batch_size, cases), strict=True))
     times: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(rounds):
-        for method, training in trainings.items():
+        for method, training in compared.items():
             times[method].append(training.milliseconds(steps))
     base = np.array(times[methods[0]])
     rows = []
@@ -180,31 +188,33 @@ def resume(model: str, batch_size: int, steps: int) -> list[dict[str, Any]]:
 def compiled(models: Sequence[str], precisions: Sequence[str]) -> list[dict[str, Any]]:
     """What the training steps compiled here have of what was counted for the target, in words."""
     device = jax.devices()[0]
-    target = "h100" if "H100" in device.device_kind else None
+    # The processor of an H200 is that of an H100; its memory is larger and faster.
+    target = "h100" if any(name in device.device_kind for name in ("H100", "H200")) else None
     if target is None or not ACCELERATORS.exists():
         return [{"compiled": f"no counts for {device.device_kind}"}]
     known = json.loads(ACCELERATORS.read_text())["programs"]
-    rows = []
-    for model in models:
-        for precision in precisions:
-            case = programs.Case(target, precision, "train", model, "replicated")
-            if case.name not in known:
-                continue
-            lowered = compilers.lower(programs.trace(case, devices.make_mesh()), target)
-            found = dataclasses.asdict(counts.count(compilers.compile(lowered, target)))
-            differences = [
-                f"{name} {value:,} here, {known[case.name][name]:,} there"
-                for name, value in found.items()
-                if value != known[case.name][name]
-            ]
-            rows.append(
-                {
-                    "model": model,
-                    "precision": precision,
-                    "compiled": "; ".join(differences) or "the same",
-                }
-            )
-    return rows
+
+    def compare(case: programs.Case) -> dict[str, Any]:
+        lowered = compilers.lower(programs.trace(case, devices.make_mesh()), target)
+        found = dataclasses.asdict(counts.count(compilers.compile(lowered, target)))
+        differences = [
+            f"{name} {value:,} here, {known[case.name][name]:,} there"
+            for name, value in found.items()
+            if value != known[case.name][name]
+        ]
+        return {
+            "model": case.model,
+            "precision": case.precision,
+            "compiled": "; ".join(differences) or "the same",
+        }
+
+    cases = [
+        programs.Case(target, precision, "train", model, "replicated")
+        for model in models
+        for precision in precisions
+    ]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compare, [case for case in cases if case.name in known]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
