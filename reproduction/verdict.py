@@ -322,7 +322,8 @@ def convergence(arms: Sequence[Arm], alpha: float) -> Finding:
         for run in arms[0].runs.values()
     ]
     brief = f"{sum(holds)} of {len(holds)}"
-    return Finding(f"{brief} runs", brief, inference.verdict_on_every_run(holds))
+    text = f"{sum(holds)} of {markdown.count(len(holds), 'run')}"
+    return Finding(text, brief, inference.verdict_on_every_run(holds))
 
 
 def stability(arms: Sequence[Arm], alpha: float) -> Finding:
