@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -163,8 +162,13 @@ def is_full(error: Exception) -> bool:
 
 def digest(state: Any) -> jax.Array:
     """A checksum of every bit of a tree of arrays, on any devices; shape=(), dtype=uint32."""
-    # A single function of all leaves would take seconds to compile.
-    return functools.reduce(_add_to_digest, jax.tree.leaves(state), jnp.uint32(0))
+    # A single function of all leaves would take seconds to compile. Each waits for the one before:
+    # a CPU's devices take only 32 programs at a time, the thread that hands over the next one would
+    # wait, and the training step on which all of them depend may need that thread.
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(state):
+        total = jax.block_until_ready(_add_to_digest(total, leaf))
+    return total
 
 
 @jax.jit

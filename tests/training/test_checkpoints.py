@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.checkpoints import CheckpointError, Checkpoints
+from training import checkpoints as checkpoints_module
+from training.checkpoints import CheckpointError, Checkpoints, digest
 
 
 def state(step: int) -> Any:
@@ -100,3 +101,16 @@ def test_a_write_that_fails(error, remedy, checkpoints, monkeypatch):
     monkeypatch.setattr(checkpoints._checkpointer, "save_async", fail)
     with pytest.raises(CheckpointError, match=rf"step 2 could not .*\); {remedy}"):
         checkpoints.save(2, state(2))
+
+
+def test_a_checksum_is_computed_by_one_program_at_a_time(monkeypatch):
+    """Many programs that wait for a training step could keep it from the threads that it needs."""
+    add, finished = checkpoints_module._add_to_digest, []
+
+    def record(total, leaf):
+        finished.append(total.is_ready())
+        return add(total, leaf)
+
+    monkeypatch.setattr(checkpoints_module, "_add_to_digest", record)
+    digest([jnp.ones(10**7)] * 4)
+    assert finished == [True] * 4
