@@ -14,11 +14,8 @@ from reproduction.studies import PAPER_ACCURACY, STUDIES, Run, read
 from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS
 
-FIXED_BEFORE = (
-    "cifar100",
-    "cifar100-gpu",
-    "paper",
-)  # studies whose tests were chosen before their first run
+# Studies whose tests were chosen before their first run.
+FIXED_BEFORE = ("cifar100", "cifar100-gpu", "paper")
 TEST_IMAGES = {"digits": 360, "cifar10": 10_000, "cifar100": 10_000}
 
 

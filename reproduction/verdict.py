@@ -472,7 +472,8 @@ def page(groups: Groups) -> str:
         "runs on CIFAR-100 ended. A claim is *supported*, *contradicted*, *not distinguished* "
         "(tested without a clear answer) or *not tested*. Each study judges it once all planned "
         "runs that it needs are in, and its verdict is that of the study nearest to the paper's "
-        "scale, CIFAR-100 for 200 epochs. Intervals are 95% intervals; tests are at "
+        "scale, CIFAR-100 for 200 epochs; of two at one scale, the CPU's. Intervals are 95% "
+        "intervals; tests are at "
         f"{ALPHA:g}, corrected within a study.",
         "## Table 1, cell by cell",
         "Accuracy in points above AdamW; for AdamW itself in %. Only runs on CIFAR-100 judge a "
