@@ -148,7 +148,7 @@ def linear_contrast(accuracies: Accuracies, weights: Mapping[str, float]) -> Est
       accuracies: all arms whose residuals are pooled, each an experiment of its own: one whose
         runs equal another's to the bit would count the same residuals twice.
       weights: of the methods, with a sum of 0: ``{"autoscale": 1, "none": -1}`` is a difference;
-        ``{"autoscale": 1, "none": -0.5, "strong": -0.5}`` says to which of two it is nearer.
+        ``{"autoscale": 1, "none": -0.5, "strong": -0.5}`` compares it with the midpoint of two.
 
     Returns:
       The estimate, with n the seeds in which all weighted methods finished, and the deviation that

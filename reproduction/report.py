@@ -252,22 +252,33 @@ def side(contrast: Contrast) -> str:
 
 
 def nearer(each: Group) -> str:
-    """Whether `autoscale` is nearer to the plain or to the stronger penalty."""
+    """Whether `autoscale` is nearer to the plain or to the stronger penalty.
+
+    It is nearer to the stronger one if it lies on that one's side of their midpoint: both the side
+    and which of the two penalties lies there must be known.
+    """
     arms = each.accuracies(each.arms)
     middle = {"autoscale": 1.0, "none": -0.5, STRONGER: -0.5}
     estimate = inference.linear_contrast(arms, middle)
-    apart = inference.linear_contrast(arms, {STRONGER: 1, "none": -1}).value
+    apart = inference.linear_contrast(arms, {STRONGER: 1, "none": -1})
     low, high = estimate.interval()
-    if np.isnan(low) or apart == 0:
+    if np.isnan(low):
         return ""
-    close = "stronger" if estimate.value * apart > 0 else "plain"
+    plain, stronger = each.arms["none"].label, each.arms[STRONGER].label
     text = (
-        f"Autoscale minus the midpoint of {each.arms['none'].label} and "
-        f"{each.arms[STRONGER].label} is {estimate.value:+z.2f} points (95% interval "
-        f"{markdown.between(low, high, '+z.2f')}, {markdown.count(estimate.n, 'seed')}): "
+        f"Autoscale minus the midpoint of {plain} and {stronger} is {estimate.value:+z.2f} points "
+        f"(95% interval {markdown.between(low, high, '+z.2f')}, "
+        f"{markdown.count(estimate.n, 'seed')}): "
     )
     if low < 0 < high:
         return f"{text}these runs do not show which of the two it is nearer to."
+    if apart.interval()[0] <= 0 <= apart.interval()[1]:
+        place = "above" if estimate.value > 0 else "below"
+        return (
+            f"{text}it is {place} the midpoint, but these runs do not show which of the two "
+            "penalties gives more, and so not which of them it is nearer to."
+        )
+    close = "stronger" if estimate.value * apart.value > 0 else "plain"
     return f"{text}it is nearer to the {close} penalty."
 
 

@@ -224,6 +224,33 @@ def test_the_study_on_cifar100_reports_what_its_plan_says(tmp_path):
     assert "## Time per step" not in report  # every run was metered
 
 
+@pytest.mark.parametrize(
+    ("ours", "stronger", "conclusion"),
+    [
+        ([0.44, 0.46, 0.45, 0.47], 2.0, "it is nearer to the stronger penalty."),
+        ([0.44, 0.46, 0.45, 0.47], -2.0, "it is nearer to the plain penalty."),
+        # Above both, and either may be the better one.
+        ([0.44, 0.46, 0.45, 0.47], 0.0, "which of the two penalties gives more"),
+        # Halfway between them.
+        ([0.41, 0.43, 0.42, 0.44], 2.0, "do not show which of the two it is nearer to."),
+    ],
+)
+def test_autoscale_is_nearer_to_a_penalty_only_if_it_is_known_which_side_that_is_on(
+    ours, stronger, conclusion, tmp_path
+):
+    plain = [0.40, 0.42, 0.41, 0.43]
+    noise = [0.002, -0.002, 0.001, -0.001]
+    arms = {
+        ("resnet20", "none", "adam", 5e-4): plain,
+        ("resnet20", "autoscale", "adam", 5e-4): ours,
+        ("resnet20", "none", "adam", 1.05e-3): [
+            a + b + stronger / 100 for a, b in zip(plain, noise, strict=True)
+        ],
+    }
+    write(tmp_path, "cifar100", arms)
+    assert conclusion in section(written("cifar100", tmp_path), "C, the mechanism")
+
+
 def test_the_primary_test_waits_for_all_of_its_runs(tmp_path):
     outcomes = cifar100([2.0] * 6)
     outcomes["resnet20", "autoscale", "adamw"] = outcomes["resnet20", "autoscale", "adamw"][:5]
