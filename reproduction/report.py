@@ -220,7 +220,9 @@ def conclusion(kind: Kind, contrasts: Sequence[Contrast]) -> str:
     if kind == "primary":
         return inference.in_words(first.comparison, *first.labels)
     if not first.family:
-        return nearer(first.group) if STRONGER in first.group.arms else ""
+        sentences = [nearer(first.group)] if STRONGER in first.group.arms else []
+        sentences += [more(each) for each in contrasts if each.baseline == STRONGER]
+        return " ".join(filter(None, sentences))
     if missing := first.comparison.missing:
         return f"{markdown.count(missing, 'planned run')} missing; the tests wait for them."
     tested = [each for each in contrasts if np.isfinite(each.corrected)]
@@ -280,6 +282,17 @@ def nearer(each: Group) -> str:
         )
     close = "stronger" if estimate.value * apart.value > 0 else "plain"
     return f"{text}it is nearer to the {close} penalty."
+
+
+def more(contrast: Contrast) -> str:
+    """Whether a penalty gives more than the stronger one; nothing of other methods."""
+    low, high = contrast.comparison.estimate.interval()
+    if not contrast.method.startswith("none") or np.isnan(low) or any(contrast.comparison.diverged):
+        return ""
+    further, stronger = contrast.labels
+    if low <= 0 <= high:
+        return f"Whether {further} gives more than {stronger} is not shown."
+    return f"{further} gives {'more' if low > 0 else 'less'} than {stronger}."
 
 
 def effect_section(groups: Sequence[Group]) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from models import MODELS
 from reproduction import figures, inference, markdown
-from reproduction.contrasts import Contrast, families
+from reproduction.contrasts import STRONGER, Contrast, families
 from reproduction.files import replacing
 from reproduction.groups import Arm, Group, group
 from reproduction.inference import ALPHA, MARGIN, Verdict
@@ -554,7 +554,7 @@ def helps(groups: Groups) -> str:
     diverged = cell.contrast and any(cell.contrast.comparison.diverged)
     if cell.contrast and (cell.verdict != "not tested" or diverged):
         tested = inference.in_words(cell.contrast.comparison, *cell.contrast.labels)
-        return f"ResNet-20 on {cell.contrast.group.scale}: {tested}{again(groups)}"
+        return f"ResNet-20 on {cell.contrast.group.scale}: {tested}{again(groups)}{penalty(groups)}"
     small = [
         each
         for family in families("digits", groups["digits"])
@@ -610,6 +610,29 @@ def again(groups: Groups) -> str:
     )
 
 
+def penalty(groups: Groups) -> str:
+    """What `autoscale` did before Adam with an L2 penalty; empty while planned runs are missing."""
+    for study in ("cifar100", "cifar100-gpu"):
+        each = next(it for it in groups[study] if it.optimizer == "adam")
+        if any(arm.missing for arm in each.arms.values()):
+            continue
+        found = {
+            contrast.baseline: difference(contrast.comparison)
+            for family in families(study, groups[study])
+            for contrast in family.contrasts
+            if contrast.group is each and contrast.method == "autoscale"
+        }
+        plain, stronger = each.arms["none"], each.arms[STRONGER]
+        return (
+            f" Before {plain.label}, which may be what the paper calls AdamW, Autoscale in effect "
+            f"also multiplies the penalty, by about {STRONGER.rpartition('x')[2]}. There, over "
+            f"{markdown.count(len(plain.seeds), 'seed')}, described and not tested, Autoscale "
+            f"minus {plain.label} is {found['none']}, and Autoscale minus {stronger.label} is "
+            f"{found[STRONGER]}: compare it there with a stronger penalty, too."
+        )
+    return ""
+
+
 def acts(groups: Groups) -> str:
     """What happens to the optimizer's steps, measured if it was."""
     text = (
@@ -650,7 +673,7 @@ def advice(groups: Groups) -> str:
     if cell.verdict == "contradicted":
         return "Do not expect the paper's gain: one of its size is ruled out at this scale."
     near = f"one within {markdown.count(int(MARGIN), 'point')} of the paper's is not ruled out"
-    return f"No gain was shown, and {near}; {own}."
+    return f"Before AdamW no gain was shown, and {near}; {own}."
 
 
 def draw(groups: Groups, folder: Path) -> None:

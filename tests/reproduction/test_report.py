@@ -251,6 +251,21 @@ def test_autoscale_is_nearer_to_a_penalty_only_if_it_is_known_which_side_that_is
     assert conclusion in section(written("cifar100", tmp_path), "C, the mechanism")
 
 
+@pytest.mark.parametrize(
+    ("further", "conclusion"),
+    [(2.0, "penalty x4 gives more than"), (-2.0, "gives less than"), (0.0, "is not shown.")],
+)
+def test_a_still_stronger_penalty_gives_more_only_if_that_is_known(further, conclusion, tmp_path):
+    outcomes = cifar100([2.0] * 6)
+    stronger = outcomes["resnet20", "none", "adam", 1.05e-3]
+    noise = [0.002, -0.002, 0.001, -0.001]
+    outcomes["resnet20", "none", "adam", 2e-3] = [
+        a + b + further / 100 for a, b in zip(stronger, noise, strict=True)
+    ]
+    write(tmp_path, "cifar100", outcomes)
+    assert conclusion in section(written("cifar100", tmp_path), "C, the mechanism")
+
+
 def test_the_primary_test_waits_for_all_of_its_runs(tmp_path):
     outcomes = cifar100([2.0] * 6)
     outcomes["resnet20", "autoscale", "adamw"] = outcomes["resnet20", "autoscale", "adamw"][:5]

@@ -90,6 +90,27 @@ def test_a_gpu_judges_what_the_cpu_has_not_finished(tmp_path):
     assert "on CIFAR-100, 20 epochs, NVIDIA A100: " in line(tmp_path, "**Does it help?**")
 
 
+def test_an_l2_penalty_is_named_once_all_of_its_runs_are_in(tmp_path):
+    primary(tmp_path, 2.0)
+    before = line(tmp_path, "**Does it help?**")
+    arms = {
+        ("none", 5e-4): PLAIN[:4],
+        ("autoscale", 5e-4): PLAIN[:4] + 0.03,
+        ("none", 1.05e-3): PLAIN[:4] + 0.02,
+        ("none", 2e-3): PLAIN[:3],
+    }
+    outcomes = {("resnet20", name, "adam", decay): them for (name, decay), them in arms.items()}
+    write(tmp_path / "cifar100", "cifar100", outcomes)
+    assert line(tmp_path, "**Does it help?**") == before
+    outcomes["resnet20", "none", "adam", 2e-3] = PLAIN[:4] + NOISE[:4]
+    write(tmp_path / "cifar100", "cifar100", outcomes)
+    after = line(tmp_path, "**Does it help?**").removeprefix(before)
+    assert after.startswith(" Before Adam + L2, ")
+    assert "Autoscale minus Adam + L2 is +3.00 (" in after
+    assert "and Autoscale minus Adam + L2, penalty x2.1 is +1.00 (" in after
+    assert "over 4 seeds, described and not tested" in after
+
+
 def test_a_large_spread_distinguishes_nothing(tmp_path):
     ours = PLAIN + 10 * NOISE + 0.01
     outcomes = {("resnet20", "none", "adamw"): PLAIN, ("resnet20", "autoscale", "adamw"): ours}
