@@ -221,7 +221,7 @@ def conclusion(kind: Kind, contrasts: Sequence[Contrast]) -> str:
         return inference.in_words(first.comparison, *first.labels)
     if not first.family:
         sentences = [nearer(first.group)] if STRONGER in first.group.arms else []
-        sentences += [more(each) for each in contrasts if each.baseline == STRONGER]
+        sentences += [more(each) for each in contrasts if each.method == "none x4"]
         return " ".join(filter(None, sentences))
     if missing := first.comparison.missing:
         return f"{markdown.count(missing, 'planned run')} missing; the tests wait for them."
@@ -285,9 +285,9 @@ def nearer(each: Group) -> str:
 
 
 def more(contrast: Contrast) -> str:
-    """Whether a penalty gives more than the stronger one; nothing of other methods."""
+    """Whether a still stronger penalty gives more; empty if runs are missing or diverged."""
     low, high = contrast.comparison.estimate.interval()
-    if not contrast.method.startswith("none") or np.isnan(low) or any(contrast.comparison.diverged):
+    if np.isnan(low) or any(contrast.comparison.diverged):
         return ""
     further, stronger = contrast.labels
     if low <= 0 <= high:
