@@ -159,6 +159,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 raise Interrupted(stop, done, path)
 
         save_model(path, program.model(state))
+        if stop := Request(*map(int, requests.next())).signal:  # since the last step
+            raise Interrupted(stop, done, path)
     if folder is None:
         return []
     display.say(summary(path, folder.records))  # after the pictures are drawn

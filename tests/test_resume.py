@@ -1,5 +1,6 @@
 """A run that is interrupted in any way and resumed ends like an uninterrupted one."""
 
+import itertools
 import json
 import os
 import signal
@@ -191,6 +192,32 @@ def test_signals_save_and_exit_with_their_code(
     said = capsys.readouterr().err
     assert said.startswith(f"train.py: {number.name}: stopped after step ")
     assert f"python train.py --resume --out {out}" in said
+    tiny(out, "--resume")
+    assert_same_run(out, reference_here)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [(Display, "evaluating", 3), (train, "save_model", 1)],
+    ids=["last evaluation", "saving the model"],
+)
+def test_a_signal_after_the_last_step_is_not_forgotten(
+    owner, name, calls, reference_here, tmp_path, tiny, monkeypatch, capsys
+):
+    """A study whose last epoch it reaches must not go on with the next run."""
+    function, out, called = getattr(owner, name), tmp_path / "run", itertools.count(1)
+
+    def call_and_signal(*args) -> None:
+        function(*args)
+        if next(called) == calls:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, call_and_signal)
+        with pytest.raises(SystemExit) as stopped:
+            tiny(out)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"stopped after step {3 * STEPS}, " in capsys.readouterr().err
     tiny(out, "--resume")
     assert_same_run(out, reference_here)
 
