@@ -173,13 +173,18 @@ def effect_by_step(arm: Arm) -> list[list[float]]:
 
 
 def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
-    """One legend for all axes, below them."""
+    """One legend for all axes, below them, in as few rows as the figure is wide enough for."""
     legend: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
-    columns = len(all_axes) + 2
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns)
+    for columns in range(len(legend), 0, -1):
+        drawn = figure.legend(
+            legend.values(), legend.keys(), loc="outside lower center", ncols=columns
+        )
+        if drawn.get_window_extent().width <= figure.bbox.width:
+            break
+        drawn.remove()
 
 
 def epochs(runs: Sequence[Run]) -> list[int]:

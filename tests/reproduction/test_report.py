@@ -326,6 +326,29 @@ def test_figure_3_shows_the_papers_network_or_else_its_optimizer(
     assert titles == [shown]
 
 
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_method_is_named_inside_the_picture(study, monkeypatch, tmp_path):
+    arms = [(run.model, run.method, run.optimizer) for run in STUDIES[study].experiments()]
+    write(tmp_path, study, {arm: [0.5, 0.6] for arm in arms})
+    legends = []
+
+    @contextlib.contextmanager
+    def figure_of(path, size):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.draw_without_rendering()
+        for legend in figure.legends:
+            legends.append([text.get_text() for text in legend.get_texts()])
+            box = legend.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+
+    monkeypatch.setattr(figures, "figure_of", figure_of)
+    groups = group(STUDIES[study], read(tmp_path).values())
+    figures.draw(groups, tmp_path)
+    assert set(legends[0]) == {arm.label for each in groups for arm in each.shown.values()}
+
+
 @pytest.mark.parametrize("study", [name for name in STUDIES if (ROOT / "results" / name).exists()])
 def test_the_committed_reports_are_those_of_the_committed_records(study, tmp_path):
     committed = ROOT / "results" / study
