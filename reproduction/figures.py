@@ -173,7 +173,10 @@ def effect_by_step(arm: Arm) -> list[list[float]]:
 
 
 def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
-    """One legend for all axes, below them, in as few rows as the figure is wide enough for."""
+    """One legend for all axes, in as few rows as the figure is wide enough for.
+
+    It stands below the axes, and the figure becomes higher by it, so that they keep their height.
+    """
     legend: dict[str, Any] = {}
     for axes in all_axes:
         handles, labels = axes.get_legend_handles_labels()
@@ -182,8 +185,10 @@ def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
         drawn = figure.legend(
             legend.values(), legend.keys(), loc="outside lower center", ncols=columns
         )
-        if drawn.get_window_extent().width <= figure.bbox.width:
-            break
+        size = drawn.get_window_extent()
+        if columns == 1 or size.width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
+            return
         drawn.remove()
 
 

@@ -342,11 +342,22 @@ def test_every_method_is_named_inside_the_picture(study, monkeypatch, tmp_path):
             box = legend.get_window_extent()
             assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
             assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+            for axes in figure.axes:
+                assert axes.get_window_extent().height > 1.8 * figure.dpi  # inches
 
     monkeypatch.setattr(figures, "figure_of", figure_of)
     groups = group(STUDIES[study], read(tmp_path).values())
     figures.draw(groups, tmp_path)
     assert set(legends[0]) == {arm.label for each in groups for arm in each.shown.values()}
+
+
+def test_a_name_wider_than_the_figure_is_in_the_legend_all_the_same():
+    figure = Figure(figsize=(2, 2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([1], [2], label="a method with a name of very many words")
+    figures.common_legend(figure, [axes])
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 1
 
 
 @pytest.mark.parametrize("study", [name for name in STUDIES if (ROOT / "results" / name).exists()])
