@@ -68,6 +68,11 @@ class Evidence(NamedTuple):
         return "not tested" if self.n < self.planned else self.finding.verdict
 
     @property
+    def data(self) -> str:
+        """The data set."""
+        return self.scale.partition(",")[0]
+
+    @property
     def seeds(self) -> str:
         """The number of seeds."""
         return f"{self.n} of {self.planned}" if self.n < self.planned else f"{self.n}"
@@ -75,8 +80,15 @@ class Evidence(NamedTuple):
 
 def in_brief(evidence: Sequence[Evidence]) -> str:
     """What the runs of one study found."""
-    scale, seeds = evidence[0].scale, "/".join(dict.fromkeys(it.seeds for it in evidence))
-    return f"{scale}, n = {seeds}: {', '.join(dict.fromkeys(it.finding.brief for it in evidence))}"
+    by_scale: dict[str, list[Evidence]] = {}
+    for it in evidence:
+        by_scale.setdefault(it.scale, []).append(it)
+    parts = []
+    for scale, there in by_scale.items():
+        seeds = "/".join(dict.fromkeys(it.seeds for it in there))
+        found = ", ".join(dict.fromkeys(it.finding.brief for it in there))
+        parts.append(f"{scale}, n = {seeds}: {found}")
+    return "; ".join(parts)
 
 
 class Claim(NamedTuple):
@@ -112,12 +124,12 @@ class Claim(NamedTuple):
     @property
     def conclusion(self) -> str:
         """The verdict, with the data set that it is from where that is not the paper's."""
-        data = self.judged[0].scale.partition(",")[0] if self.judged else "CIFAR-100"
-        return f"*{self.verdict}*" if data == "CIFAR-100" else f"*{self.verdict}* on {data}"
+        data = [it.data for it in self.judged] or ["CIFAR-100"]
+        return f"*{self.verdict}*" + ("" if "CIFAR-100" in data else f" on {data[0]}")
 
     @property
-    def basis(self) -> str:
-        """What the verdict is from, and in brackets what fewer runs at a larger scale show."""
+    def undecided(self) -> list[Evidence]:
+        """The evidence of the study nearest to the paper's scale, if its runs are too few."""
         judged = self.judged
         nearer = BY_SCALE[: BY_SCALE.index(judged[0].study)] if judged else BY_SCALE
         larger = [
@@ -128,8 +140,12 @@ class Claim(NamedTuple):
             ]
             for study in nearer
         ]
-        nearest = next(filter(None, larger), [])
-        forms = ("{}", judged), ("({})", nearest)
+        return next(filter(None, larger), [])
+
+    @property
+    def basis(self) -> str:
+        """What the verdict is from, and in brackets what fewer runs at a larger scale show."""
+        forms = ("{}", self.judged), ("({})", self.undecided)
         return " ".join(form.format(in_brief(it)) for form, it in forms if it) or "-"
 
 
@@ -525,7 +541,8 @@ def block(groups: Groups, prefix: str) -> str:
         for cell in cells(groups)
         if cell.method == "autoscale"
     ]
-    rows += [[claim.short, claim.conclusion, claim.basis] for claim in claims(groups)]
+    others = claims(groups)
+    rows += [[claim.short, claim.conclusion, claim.basis] for claim in others]
     lines = [
         f"**Does it help?** {helps(groups)}",
         f"**What does it do to the steps?** {acts(groups)}",
@@ -536,16 +553,33 @@ def block(groups: Groups, prefix: str) -> str:
         [
             *lines,
             markdown.table(["the paper's claim", "verdict", "measured"], rows),
-            "Several numbers of one data set are those of ResNet-20, ResNet-56 and VGG-16-BN on "
-            "digits, and of ResNet-20 before AdamW and before Adam with an L2 penalty on "
-            "CIFAR-100. "
-            "Scatter is that of the last changes of the test accuracy, in points, minus the "
-            "other's: below 0 it is smoother. Brackets hold what fewer runs at a larger scale "
-            "show, which is not judged.",
+            reading(others),
             f"![{caption}]({prefix}verdict.png)",
             *([f"[The verdict in full]({prefix}VERDICT.md)"] if prefix else []),
         ]
     )
+
+
+def reading(shown: Sequence[Claim]) -> str:
+    """How to read the numbers in the summary's table."""
+    several: dict[str, dict[str, None]] = {}  # by data set, in the order of the numbers
+    for claim in shown:
+        for evidence in (claim.judged, claim.undecided):
+            by_data: dict[str, list[str]] = {}
+            for it in evidence:
+                by_data.setdefault(it.data, []).append(f"{it.model} with {it.optimizer}")
+            for data, names in by_data.items():
+                if len(names) > 1:
+                    several.setdefault(data, {}).update(dict.fromkeys(names))
+    parts = [f"on {data}, those of {markdown.listed([*names])}" for data, names in several.items()]
+    text = f"Several numbers side by side are, {'; '.join(parts)}. " if parts else ""
+    text += (
+        "Scatter is that of the last changes of the test accuracy, in points, minus the other's: "
+        "below 0 it is smoother."
+    )
+    if any(claim.undecided for claim in shown):
+        text += " What fewer runs at a larger scale show is in brackets; it is not judged."
+    return text
 
 
 def helps(groups: Groups) -> str:

@@ -179,6 +179,31 @@ def test_the_trend_is_judged_by_all_runs_and_says_where_it_is_highest(tmp_path):
     )
 
 
+def test_two_data_sets_of_one_study_are_told_apart(tmp_path):
+    outcomes = {(model, "autoscale", "adamw"): PLAIN[:5] for model in PAPER_MODELS}
+    write(tmp_path / "paper", "paper", outcomes, record={"scale_factor": 1.5})
+    claim = claims(read_all(tmp_path))[FACTOR]
+    assert claim.basis == "CIFAR-10, 300 epochs, n = 1: 1.50; CIFAR-100, 200 epochs, n = 5: 1.50"
+    assert claim.conclusion == "*contradicted*"  # on the paper's data set, too
+    text = line(tmp_path, "Several numbers")
+    networks = "ResNet-20 with AdamW, ResNet-56 with AdamW and VGG-16-BN with AdamW"
+    assert f"on CIFAR-10, those of {networks}" in text
+    assert f"on CIFAR-100, those of {networks}" in text
+
+
+def test_the_table_s_numbers_are_explained_by_the_runs_that_there_are(tmp_path):
+    assert line(tmp_path, "Scatter is that of")  # no runs: nothing stands side by side
+    primary(tmp_path, 0.0)
+    assert line(tmp_path, "Scatter is that of")  # one network and optimizer
+    penalized = {("resnet20", "autoscale", "adam"): PLAIN[:4]}
+    write(tmp_path / "cifar100", "cifar100", penalized)
+    expected = "on CIFAR-100, those of ResNet-20 with AdamW and ResNet-20 with Adam + L2. "
+    assert expected in line(tmp_path, "Several numbers")
+    assert "in brackets" not in line(tmp_path, "Several numbers")
+    write(tmp_path / "paper", "paper", {("resnet20", "autoscale", "adamw"): [0.5]})
+    assert "in brackets" in line(tmp_path, "Several numbers")
+
+
 def test_one_counterexample_in_any_study_contradicts_the_bound(tmp_path):
     primary(tmp_path, 0.0)
     assert claims(read_all(tmp_path))[FACTOR].conclusion == "*supported*"
