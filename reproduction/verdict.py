@@ -6,6 +6,7 @@ to the paper's scale that could judge it; a claim that a single counterexample r
 contradicted by one in any study.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,11 +81,9 @@ class Evidence(NamedTuple):
 
 def in_brief(evidence: Sequence[Evidence]) -> str:
     """What the runs of one study found."""
-    by_scale: dict[str, list[Evidence]] = {}
-    for it in evidence:
-        by_scale.setdefault(it.scale, []).append(it)
     parts = []
-    for scale, there in by_scale.items():
+    for scale, same in itertools.groupby(evidence, lambda it: it.scale):
+        there = list(same)
         seeds = "/".join(dict.fromkeys(it.seeds for it in there))
         found = ", ".join(dict.fromkeys(it.finding.brief for it in there))
         parts.append(f"{scale}, n = {seeds}: {found}")
@@ -129,7 +128,7 @@ class Claim(NamedTuple):
 
     @property
     def undecided(self) -> list[Evidence]:
-        """The evidence of the study nearest to the paper's scale, if its runs are too few."""
+        """That of the study nearest to the paper's scale, if its runs are too few to decide."""
         judged = self.judged
         nearer = BY_SCALE[: BY_SCALE.index(judged[0].study)] if judged else BY_SCALE
         larger = [
@@ -565,10 +564,8 @@ def reading(shown: Sequence[Claim]) -> str:
     several: dict[str, dict[str, None]] = {}  # by data set, in the order of the numbers
     for claim in shown:
         for evidence in (claim.judged, claim.undecided):
-            by_data: dict[str, list[str]] = {}
-            for it in evidence:
-                by_data.setdefault(it.data, []).append(f"{it.model} with {it.optimizer}")
-            for data, names in by_data.items():
+            for data, there in itertools.groupby(evidence, lambda it: it.data):
+                names = [f"{it.model} with {it.optimizer}" for it in there]
                 if len(names) > 1:
                     several.setdefault(data, {}).update(dict.fromkeys(names))
     parts = [f"on {data}, those of {markdown.listed([*names])}" for data, names in several.items()]
