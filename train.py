@@ -14,17 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from training import cpu, data, devices, output
-from training.checkpoints import CheckpointError, Checkpoints
-from training.choices import show_choices
-from training.compiled import keep_compiled
-from training.config import Experiment, Launch, check_resumes, parse, run_folder
+from training import data, devices
+from training.checkpoints import CheckpointError, Checkpoints, save_model
 from training.display import Display
-from training.interruption import Interrupted, Request, Requests
-from training.program import Measured, Program
+from training.options import Experiment, Launch, check_resumes, parse, show_choices, validate
 from training.record import Record
 from training.run_folder import PICTURES, RunFolder, finished_records
-from training.saved_model import save_model
+from training.signals import Interrupted, Request, Requests, interruptible, outlive_readers
+from training.step import Measured, Program
 
 AHEAD = 2  # steps dispatched to the devices before the host reads the oldest one's loss
 
@@ -51,9 +48,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
       Interrupted: after a signal to stop, once a checkpoint is written.
     """
-    experiment.validate()
-    launch.validate()
-    path = run_folder(experiment, launch)
+    validate(experiment, launch)
+    path = launch.out or Path("runs", experiment.name)
     if launch.resume:
         check_resumes(experiment, path)
         # Several processes might see different states of a shared filesystem.
@@ -73,6 +69,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
     test_data = program.put(dataset.test_images, dataset.test_labels)
 
     with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
         # Before the checkpoints, whose cleanup would remove what another process is writing.
         folder = devices.on_first_process(
             lambda: stack.enter_context(RunFolder(experiment, launch, dataset))
@@ -101,22 +98,19 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             with display.compiling(f"{path}: {describe(mesh)}"):
                 if not done:  # shows at once whether the folder can hold checkpoints
                     checkpoints.save(0, state)
-                program.compile(state, train_data, test_data)
+                interruptible(lambda: program.compile(state, train_data, test_data))
             display.start(done, folder.records if folder else [])
 
-        requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
+        requests.begin()
         stack.enter_context(devices.ending_together())
         for epoch in range(finished + 1, experiment.epochs + 1):
             start, first, last = time.perf_counter(), done + 1, epoch * program.steps_per_epoch
             order = program.epoch_order(np.int32(epoch))
             in_flight: deque[tuple[int, Measured, Any]] = deque()
-            save, stop, grads = False, 0, None
+            save, stop = False, 0
             for done in range(first, last + 1):
-                state, measured = program.train_step(
-                    state, train_data, order, gradients=done == last
-                )
-                grads = measured.grads
-                in_flight.append((done, measured._replace(grads=None), requests.next()))
+                state, measured = program.train_step(state, train_data, order)
+                in_flight.append((done, measured, requests.next()))
                 save = False
                 while len(in_flight) > (AHEAD if done < last else 0):
                     step, values, requested = in_flight.popleft()
@@ -136,7 +130,6 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 if not np.isfinite(test_loss):
                     raise NotFinite(f"after step {last}: the test loss is {test_loss}")
                 means = program.epoch_means(state)
-                layers = program.layer_entries(parameters=state.params, gradients=grads)
                 images = (last + 1 - first) * experiment.batch_size
                 if folder:
                     record = Record(
@@ -149,7 +142,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                         seconds=time.perf_counter() - start,
                         **means,
                     )
-                    folder.write(record, layers)
+                    folder.write(record)
                     display.epoch(record)
                 # After the record: no checkpoint is ahead of the records.
                 if save or epoch == experiment.epochs:
@@ -159,8 +152,8 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
                 raise Interrupted(stop, done, path)
 
         save_model(path, program.model(state))
-        if stop := Request(*map(int, requests.next())).signal:  # since the last step
-            raise Interrupted(stop, done, path)
+    if requests.signal:  # since the last step
+        raise Interrupted(requests.signal, done, path)
     if folder is None:
         return []
     display.say(summary(path, folder.records))  # after the pictures are drawn
@@ -201,25 +194,24 @@ def describe(mesh: Mesh) -> str:
 
 
 def main() -> None:
-    output.outlive_readers()
+    outlive_readers()
     debug = "--debug" in sys.argv
-    if not debug:  # Orbax logs errors with their tracebacks, and raises them as well
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        output.hide_abandoned_writes()
+    if not debug:  # Orbax and its event loop log errors with tracebacks; they are raised as well
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
     try:
         experiment, launch = parse()
         if launch.list:
             return show_choices(experiment.dataset)
-        cpu.use_cores(experiment.batch_size)
-        cpu.keep_memory()
-        keep_compiled()
+        devices.prepare(experiment.batch_size)
         devices.start_processes(launch)
         train(experiment, launch)
     except Interrupted as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("train.py: stopped before the first step", file=sys.stderr)
+        print("train.py: stopped before it took a step", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, CheckpointError, NotFinite) as error:
         if debug:

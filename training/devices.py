@@ -1,25 +1,101 @@
-"""The processes and devices of a run, and the sharding of its arrays."""
+"""The processes, devices, cores and memory of a run, and the sharding of its arrays."""
 
 import atexit
 import contextlib
+import ctypes
+import hashlib
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
+import platformdirs
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from training.config import Launch
+from training.options import Launch
 
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # until the processes that are left notice that one has died
 SMALLEST_SHARDED = 1024  # entries; smaller arrays are not worth a gather
+
+
+def prepare(batch_size: int) -> None:
+    """Uses a CPU's cores and memory well, and keeps compiled programs. Call it before JAX is used.
+
+    Args:
+      batch_size: that of the runs to come.
+    """
+    _use_cores(batch_size)
+    _keep_memory()
+    _keep_compiled()
+
+
+def _use_cores(batch_size: int) -> None:
+    """Makes a CPU of several cores two devices, between which a step splits an even batch.
+
+    With a single device, XLA leaves all cores but one idle during operations that it does not
+    parallelize; more than two devices would hold as many copies of the data. It changes nothing if
+    the number of devices is set already, by `jax_num_cpu_devices` or in `XLA_FLAGS`.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    chosen = cast(Any, jax.config).jax_num_cpu_devices != -1
+    if chosen or "xla_force_host_platform_device_count" in flags:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if (cores or 1) > 1 and batch_size % 2 == 0:
+        jax.config.update("jax_num_cpu_devices", 2)
+        # XLA aborts once one device has waited 40 s for the other, as after the process has slept.
+        timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
+        if timeout not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {timeout}={24 * 3600}"
+
+
+def _keep_memory() -> None:
+    """Keeps freed memory for the next step, if the C library is glibc.
+
+    XLA allocates the temporary arrays of a step at its start and frees them at its end. glibc would
+    return blocks of that size to the system, which then fills every page with zeros again.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    # The options' numbers are those of malloc.h. Other arenas would map their large blocks anyway.
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    libc.mallopt(m_arena_max, 1)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next run finds them there.
+
+    Nothing changes where a folder was chosen already, with `JAX_COMPILATION_CACHE_DIR`, or where
+    the user's cannot be written. Programs may be deleted at any time.
+    """
+    if cast(Any, jax.config).jax_compilation_cache_dir is not None:
+        return
+    # A program compiled for one type of CPU may crash on another that shares the home directory.
+    cpuinfo, description = Path("/proc/cpuinfo"), {platform.machine(), platform.processor()}
+    if cpuinfo.exists():
+        names = ("model name", "flags", "CPU part", "Features")
+        description |= {line for line in cpuinfo.read_text().splitlines() if line.startswith(names)}
+    digest = hashlib.sha256("\n".join(sorted(description)).encode()).hexdigest()
+    cpu_type = f"{platform.machine()}-{digest[:12]}"
+    folder = Path(platformdirs.user_cache_dir("optax_autoscale")) / cpu_type
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def start_processes(launch: Launch) -> None:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from training.config import Experiment
+from training.options import Experiment
 from training.record import Record
 
 PLAIN_INTERVAL = 30.0  # seconds between lines within an epoch, where there is no terminal

@@ -111,7 +111,7 @@ METHODS = {
     "zscore": MethodSpec(
         optax_autoscale.zscore_normalization,
         "Z-Score Normalization",
-        "normalizes normalize each layer to mean 0 and standard deviation 1 (Yun 2024)",
+        "normalizes each layer to mean 0 and standard deviation 1 (Yun 2024)",
         "#CC79A7",
     ),
     "clip": MethodSpec(
@@ -152,20 +152,6 @@ METHODS = {
         "autoscale with its exponent fixed at 1",
         "#D55E00",
         "--",
-    ),
-    "autoscale_p2": MethodSpec(
-        partial(fixed_exponent, 2),
-        "Autoscale, p = 2",
-        "autoscale with its exponent fixed at 2",
-        "#D55E00",
-        ":",
-    ),
-    "autoscale_max1": MethodSpec(
-        partial(optax_autoscale.autoscale, max_scale=1.0),
-        "Autoscale, max_scale = 1",
-        "autoscale with its factor capped at 1",
-        "#D55E00",
-        "-.",
     ),
     "autoscale_direction": MethodSpec(
         optax_autoscale.autoscale,

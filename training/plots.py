@@ -13,7 +13,7 @@ from matplotlib.colors import BoundaryNorm, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from training.config import Experiment
+from training.options import Experiment
 from training.record import Record
 
 STYLE: Any = {

@@ -1,15 +1,27 @@
-"""The record of an epoch, and how it is read back."""
+"""What a run records: a line for each epoch, and where it was made."""
 
+import functools
 import json
-import math
 import os
+import platform
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any
 
-# Of `config.json` and of the record files of a study. 1, unwritten there: the method `none` was
-# called `adamw`.
-SCHEMA = 2
+import jax
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+# Of `config.json` and of the record files of a study. 2: without `scale_factor_max`. 1, unwritten
+# there: the method `none` was called `adamw`.
+SCHEMA = 3
+READABLE = (2, 3)  # schemas of records; a run can be resumed by its own only
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "optax-autoscale", "numpy")
+ROOT = Path(__file__).parents[1]
 
 
 class RecordError(ValueError):
@@ -19,14 +31,19 @@ class RecordError(ValueError):
 class Record(TypedDict):
     """A line of `metrics.jsonl`: one epoch. Statistics are means over its steps."""
 
+    __pydantic_config__ = ConfigDict(  # pyright: ignore[reportGeneralTypeIssues]
+        extra="forbid", strict=True, allow_inf_nan=False
+    )
+
     epoch: int  # from 1
     step: int  # steps taken by its end
     train_loss: float  # of the augmented, smoothed training batches
     test_loss: float  # cross-entropy over all test images
-    test_accuracy: float  # 0 to 1
+    test_accuracy: Annotated[float, Field(ge=0, le=1)]
     learning_rate: float
     global_std: float  # of the raw gradients, s_t of the paper
     scale_factor: float | None  # a_t; None where the method has none
+    scale_factor_max: float | None  # the largest of its steps; None in records of schema 2
     exponent: int | None  # p_t at its end, 0 while undecided; None where the method has none
     layer_std: dict[str, float]  # of the raw gradients by parameter path, from input to output
     # With --effect, of the updates beside the plain optimizer's, from sums over the epoch:
@@ -37,10 +54,9 @@ class Record(TypedDict):
     seconds: float  # of training and evaluation
 
 
-INTEGERS = ("epoch", "step", "exponent")
-OPTIONAL = ("scale_factor", "exponent")
-# Keys that records of an earlier version may lack; they are read as None.
-LATER = ("update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
+_RECORD = TypeAdapter(Record)
+# Keys that older records lack; they are read as None.
+_ADDED = (*("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm_ratio_by_step"),)
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:
@@ -73,42 +89,74 @@ def parse_records(lines: Sequence[str | bytes], path: Path) -> list[Record]:
     records: list[Record] = []
     for epoch, line in enumerate(lines, start=1):
         try:
-            records.append(_checked(json.loads(line), epoch))
-            if records[-1]["layer_std"].keys() != records[0]["layer_std"].keys():
+            values = json.loads(line)
+            if isinstance(values, dict):
+                values = dict.fromkeys(_ADDED) | values
+            record = _RECORD.validate_python(values)
+            if record["epoch"] != epoch:
+                raise ValueError(f"the record of epoch {record['epoch']} stands in its place")
+            if records and record["layer_std"].keys() != records[0]["layer_std"].keys():
                 raise ValueError("its layers are not those of epoch 1")
-        except (ValueError, OverflowError, RecursionError) as error:
-            raise RecordError(f"{path} is damaged: epoch {epoch}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            text = explain(error) if isinstance(error, ValidationError) else str(error)
+            raise RecordError(f"{path} is damaged: epoch {epoch}: {text}") from error
+        records.append(record)
     return records
 
 
-def _checked(record: Any, epoch: int) -> Record:
-    if not isinstance(record, dict):
-        raise ValueError("not a record")
-    record = dict.fromkeys(LATER) | record
-    names = set(Record.__annotations__)
-    if wrong := names.symmetric_difference(record):
-        missing = sorted(names - set(record))
-        raise ValueError(f"{'missing' if missing else 'unknown'}: {', '.join(missing or wrong)}")
-    if not isinstance(record["layer_std"], dict):
-        raise ValueError(f"layer_std is {record['layer_std']!r}, not a number for each layer")
-    if record["epoch"] != epoch:
-        raise ValueError(f"the record of epoch {record['epoch']} stands in its place")
-    values = {name: record[name] for name in Record.__annotations__ if name != "layer_std"}
-    values |= {f"layer_std of {layer}": std for layer, std in record["layer_std"].items()}
-    if isinstance(by_step := values["update_norm_ratio_by_step"], list):
-        del values["update_norm_ratio_by_step"]
-        values |= {f"update_norm_ratio of step {i}": ratio for i, ratio in enumerate(by_step, 1)}
-    for name, value in values.items():
-        if value is None and name in (*OPTIONAL, *LATER):
-            continue
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise ValueError(f"{name} is {value!r}, not a finite number")
-        if name in INTEGERS and not isinstance(value, int):
-            raise ValueError(f"{name} is {value!r}, not an integer")
-    if not 0 <= record["test_accuracy"] <= 1:
-        raise ValueError(f"test_accuracy is {record['test_accuracy']}, not between 0 and 1")
-    return cast(Record, {name: record[name] for name in Record.__annotations__})
+def explain(error: ValidationError) -> str:
+    """The first thing that is wrong with values that were read, in a few words."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    match first["type"]:
+        case "missing":
+            return f"{name} is missing"
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{name} is unknown"
+        case _:
+            message = re.sub(r"^\w+ should", "it should", first["msg"])
+            return f"{name or 'the value'} is {first['input']!r}; {message}"
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Versions, device and commit, under the names that records have for them."""
+    return {
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "commit": commit_of(ROOT),
+    }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of the sources in a folder, with `-dirty` where they differ from it.
+
+    Args:
+      folder: the top level of their repository.
+
+    Returns:
+      The commit; None outside a repository and, with a line that says why, where git fails.
+    """
+    if not (folder / ".git").exists():  # the sources may lie in a repository that is not theirs
+        return None
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--verify", "HEAD")
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        print(f"the commit of {folder} will not be recorded: {reason}", file=sys.stderr)
+        return None
+    # What a study writes, its records and reports, are not sources.
+    paths = ("--", ":(exclude)results", ":(exclude)README.md")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", *paths)
+    except subprocess.CalledProcessError:  # such as a damaged index
+        changed = "unknown"
+    return commit + ("-dirty" if changed else "")

@@ -1,5 +1,8 @@
 """The training step of a run: its batch, loss, gradients, update and measurements."""
 
+import functools
+import operator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,17 +14,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from models import MODELS
-from optax_autoscale import EffectSums, global_std
+from optax_autoscale import EffectSums, global_std, layer_std
 from training import devices
-from training.augmentation import cutmix, normalize, random_crop, random_flip
-from training.config import MAX_STEPS, Experiment, option
-from training.data import Dataset
-from training.layers import LayerPaths, layer_entries, layer_paths, layer_stds
+from training.data import Dataset, cutmix, normalize, random_crop, random_flip
 from training.optimizers import learning_rate_schedule, make_optimizer
+from training.options import MAX_STEPS, Experiment, option
 
 EVAL_BATCH = 512
 
 Arrays = dict[str, Any]  # nested dictionaries of arrays: what NNX holds in variables, without them
+Path = tuple[Any, ...]
 Data = tuple[jax.Array, jax.Array]  # images, shape=(n, height * width * channels), and labels
 
 
@@ -34,7 +36,7 @@ class TrainState(NamedTuple):
     batch_stats: Arrays
     opt_state: optax.OptState
     totals: Arrays  # the epoch's sums so far of what is recorded
-    norm_ratios: jax.Array | None  # of the epoch's steps; shape=(steps,), dtype=float32
+    by_step: Arrays  # what else is, of each of the epoch's steps; shape=(steps,), dtype=float32
 
 
 class Measured(NamedTuple):
@@ -44,7 +46,6 @@ class Measured(NamedTuple):
     global_std: jax.Array  # shape=(), dtype=float32
     scale_factor: jax.Array | None  # shape=(), dtype=float32; None where the method has none
     norm_ratio: jax.Array | None  # shape=(), dtype=float32; None where no effect is measured
-    grads: Arrays | None  # as the parameters; None where they were not asked for
 
 
 class Program:
@@ -81,11 +82,14 @@ class Program:
         self.evaluation_steps = num_test / experiment.batch_size / 3
         self._eval_batch = -(-min(EVAL_BATCH, num_test) // mesh.size) * mesh.size
 
-        def structure() -> tuple[nnx.Module, LayerPaths]:
-            model = self._make_model(0)
-            return model, layer_paths(model)
+        paths: list[Path] = []
 
-        model, self.layers = nnx.eval_shape(structure)
+        def structure() -> nnx.Module:
+            model = self._make_model(0)
+            paths.extend(layer_paths(model))
+            return model
+
+        model, self.layers = nnx.eval_shape(structure), paths
         model.train()
         self._training = nnx.graphdef(model)
         model.eval()
@@ -105,23 +109,10 @@ class Program:
         first_state = jax.jit(self._first_state, out_shardings=place, compiler_options=quick)
         self.first_state = partial(first_state, seed)
         self.epoch_order = partial(jax.jit(self._epoch_order, out_shardings=everywhere), seed)
-        # Gradients are handed out by a program of their own: as results of every step they would
-        # keep the host busy, and their memory. The state is not donated: XLA would copy most of
-        # what the optimizer writes into its memory, on a GPU with two launches per layer.
-        self.train_functions: dict[bool, Any] = {
-            gradients: jax.jit(
-                partial(self._step, gradients=gradients),
-                out_shardings=(
-                    place,
-                    Measured(*[everywhere] * 4, grads=place.params if gradients else None),
-                ),
-            )
-            for gradients in (False, True)
-        }
-        self.eval_function: Any = jax.jit(self._evaluate, out_shardings=everywhere)
-        self._layer_entries: Any = jax.jit(
-            partial(layer_entries, paths=self.layers), out_shardings=everywhere
-        )
+        # The state is not donated: XLA would copy most of what the optimizer writes into its
+        # memory, on a GPU with two launches per layer.
+        self.train_step: Any = jax.jit(self._step, out_shardings=(place, everywhere))
+        self._eval_step: Any = jax.jit(self._evaluate, out_shardings=everywhere)
 
     def put(self, images: np.ndarray, labels: np.ndarray) -> Data:
         """Puts a data set on all devices.
@@ -136,34 +127,14 @@ class Program:
     def compile(self, state: TrainState, train_data: Data, test_data: Data) -> None:
         """Compiles all functions, so that compile time is not part of an epoch's time."""
         order = self.epoch_order(np.int32(1))
-        self.train_functions = {
-            gradients: step.lower(state, train_data, order).compile()
-            for gradients, step in self.train_functions.items()
-        }
-        self.eval_function = self.eval_function.lower(state, test_data, np.int32(0)).compile()
-        self.layer_entries(parameters=state.params)
-
-    def train_step(
-        self, state: TrainState, data: Data, order: jax.Array, *, gradients: bool = False
-    ) -> tuple[TrainState, Measured]:
-        """Takes a step, on the batch of the epoch's order that the state is at.
-
-        Args:
-          state: it is left unchanged.
-          data: all training images and labels.
-          order: that of the epoch.
-          gradients: whether they are handed out as well.
-
-        Returns:
-          The next state, and what the step measured.
-        """
-        return self.train_functions[gradients](state, data, order)
+        self.train_step = self.train_step.lower(state, train_data, order).compile()
+        self._eval_step = self._eval_step.lower(state, test_data, np.int32(0)).compile()
 
     def evaluate(self, state: TrainState, data: Data) -> tuple[float, float]:
         """The mean loss and the accuracy over all test images, each counted once."""
         num_test = len(self._dataset.test_labels)
         sums = [
-            self.eval_function(state, data, np.int32(first))
+            self._eval_step(state, data, np.int32(first))
             for first in range(0, num_test, self._eval_batch)
         ]
         loss, correct = np.sum(jax.device_get(sums), axis=0) / num_test
@@ -179,32 +150,21 @@ class Program:
         """
         steps = self.steps_per_epoch
         exponent = optax.tree.get(state.opt_state, "exponent", None)
-        totals, exponent = jax.device_get((state.totals, exponent))
-        stds = (totals.pop("layer_std") / steps).tolist()
-        effect: EffectSums | None = totals.pop("effect")
+        totals, by_step, exponent = jax.device_get((state.totals, state.by_step, exponent))
+        stds = (totals["layer_std"] / steps).tolist()
+        scales, norm_ratios = by_step["scale_factor"], by_step["norm_ratio"]
+        effect: EffectSums | None = totals["effect"]
         first = int(state.step) == steps
         return {
-            **{
-                key: None if total is None else float(total) / steps
-                for key, total in totals.items()
-            },
+            "train_loss": float(totals["train_loss"]) / steps,
+            "global_std": float(totals["global_std"]) / steps,
+            "scale_factor": None if scales is None else float(scales.mean(dtype=np.float64)),
+            "scale_factor_max": None if scales is None else float(scales.max()),
             "exponent": None if exponent is None else int(exponent),
-            "layer_std": dict(zip(self.layers.names, stds, strict=True)),
+            "layer_std": dict(zip(map(name_of, self.layers), stds, strict=True)),
             "update_norm_ratio": effect and float(effect.norm_ratio),
             "update_cosine": effect and float(effect.cosine),
-            "update_norm_ratio_by_step": np.asarray(state.norm_ratios).tolist()
-            if effect and first
-            else None,
-        }
-
-    def layer_entries(self, **trees: Any) -> dict[str, np.ndarray]:
-        """See `layers.layer_entries`; names are those of the trees and of the layers."""
-        return {
-            f"{tree}/{layer}": entries
-            for tree in trees
-            for layer, entries in zip(
-                self.layers.names, jax.device_get(self._layer_entries(trees[tree])), strict=True
-            )
+            "update_norm_ratio_by_step": norm_ratios.tolist() if effect and first else None,
         }
 
     def model(self, state: TrainState) -> nnx.Module:
@@ -230,11 +190,15 @@ class Program:
         model = self._make_model(seed)
         params = arrays_of(model, nnx.Param)
         opt_state = self.tx.init(params)
-        totals = jax.tree.map(jnp.zeros_like, self._recorded(jnp.float32(0), params, opt_state))
-        norm_ratios = None if totals["effect"] is None else jnp.ones(self.steps_per_epoch)
-        batch_stats = arrays_of(model, nnx.BatchStat)
+        summed, by_step = self._recorded(jnp.float32(0), params, opt_state)
         return TrainState(
-            *(jnp.int32(0), seed, params, batch_stats, opt_state, totals, norm_ratios)
+            step=jnp.int32(0),
+            seed=seed,
+            params=params,
+            batch_stats=arrays_of(model, nnx.BatchStat),
+            opt_state=opt_state,
+            totals=jax.tree.map(jnp.zeros_like, summed),
+            by_step=jax.tree.map(lambda _: jnp.zeros(self.steps_per_epoch), by_step),
         )
 
     def _epoch_order(self, seed: jax.Array, epoch: jax.Array) -> jax.Array:
@@ -242,10 +206,17 @@ class Program:
         key = jax.random.fold_in(jax.random.key(seed), epoch)
         return jax.random.permutation(key, len(self._dataset.train_labels))
 
-    def _step(
-        self, state: TrainState, data: Data, order: jax.Array, *, gradients: bool
-    ) -> tuple[TrainState, Measured]:
-        """A training step; see `train_step`."""
+    def _step(self, state: TrainState, data: Data, order: jax.Array) -> tuple[TrainState, Measured]:
+        """Takes a step, on the batch of the epoch's order that the state is at.
+
+        Args:
+          state: it is left unchanged.
+          data: all training images and labels.
+          order: that of the epoch.
+
+        Returns:
+          The next state, and what the step measured.
+        """
         x, y = self.batch(state, data, order)
         (loss, batch_stats), grads = jax.value_and_grad(self.loss, has_aux=True)(
             state.params, state.batch_stats, x, y
@@ -253,19 +224,22 @@ class Program:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
 
-        recorded = self._recorded(loss, grads, opt_state)
+        summed, by_step = self._recorded(loss, grads, opt_state)
         index = state.step % self.steps_per_epoch  # of the step in its epoch
-        totals = jax.tree.map(
-            lambda total, value: jnp.where(index == 0, 0, total) + value, state.totals, recorded
-        )
-        norm_ratios, norm_ratio = state.norm_ratios, optax.tree.get(opt_state, "norm_ratio", None)
-        if norm_ratios is not None:
-            norm_ratios = norm_ratios.at[index].set(norm_ratio)
         state = TrainState(
-            *(state.step + 1, state.seed, params, batch_stats, opt_state, totals, norm_ratios)
+            step=state.step + 1,
+            seed=state.seed,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            totals=jax.tree.map(
+                lambda total, value: jnp.where(index == 0, 0, total) + value, state.totals, summed
+            ),
+            by_step=jax.tree.map(
+                lambda values, value: values.at[index].set(value), state.by_step, by_step
+            ),
         )
-        numbers = (loss, recorded["global_std"], recorded["scale_factor"], norm_ratio)
-        return state, Measured(*numbers, grads if gradients else None)
+        return state, Measured(loss, summed["global_std"], **by_step)
 
     def batch(self, state: TrainState, data: Data, order: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The images, augmented, and the labels as probabilities."""
@@ -292,15 +266,22 @@ class Program:
         loss = optax.softmax_cross_entropy(model(x), y).mean()
         return loss, arrays_of(model, nnx.BatchStat)
 
-    def _recorded(self, loss: jax.Array, grads: Arrays, opt_state: optax.OptState) -> Arrays:
-        """What is recorded of each step; all of the gradients as they come, before the method."""
-        return {
+    def _recorded(
+        self, loss: jax.Array, grads: Arrays, opt_state: optax.OptState
+    ) -> tuple[Arrays, Arrays]:
+        """What is summed over the epoch, and what is kept of each step; None where there is none.
+
+        The gradients are as they come, before the method.
+        """
+        layers = [functools.reduce(operator.getitem, path, grads) for path in self.layers]
+        summed = {
             "train_loss": loss,
             "global_std": global_std(grads),
-            "layer_std": layer_stds(grads, self.layers),
-            "scale_factor": optax.tree.get(opt_state, "scale_factor", None),
+            "layer_std": jnp.stack(layer_std(layers)),
             "effect": optax.tree.get(opt_state, "effect_sums", None),
         }
+        names = ("scale_factor", "norm_ratio")
+        return summed, {name: optax.tree.get(opt_state, name, None) for name in names}
 
     def _evaluate(
         self, state: TrainState, data: Data, start: jax.Array
@@ -321,6 +302,41 @@ class Program:
 def arrays_of(model: nnx.Module, kind: type[nnx.Variable[Any]]) -> Arrays:
     """A model's variables of a kind as nested dictionaries of their arrays."""
     return nnx.to_pure_dict(nnx.state(model, kind))
+
+
+def layer_paths(model: nnx.Module) -> list[Path]:
+    """The paths of a network's layers, parameters with more than one axis, from input to output.
+
+    Args:
+      model: a network as its constructor made it; `nnx.eval_shape` sorts the attributes.
+
+    Returns:
+      The paths, as those of `nnx.state`, in the order in which the modules declare them.
+
+    Example:
+      >>> from models import vit_tiny
+      >>> list(map(name_of, layer_paths(vit_tiny(num_classes=10, rngs=nnx.Rngs(0)))))[:3]
+      ['stem/kernel', 'blocks/0/attention/qkv/0/kernel', 'blocks/0/attention/qkv/1/kernel']
+    """
+    parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return [path for path in _declared(model) if path in parameters and parameters[path].ndim > 1]
+
+
+def name_of(path: Path) -> str:
+    """A layer's name in records, such as `"stem/conv/kernel"`."""
+    return "/".join(map(str, path))
+
+
+def _declared(node: Any, path: Path = ()) -> Iterator[Path]:
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, nnx.Variable):
+        yield path
+    elif isinstance(node, nnx.List | list | tuple):
+        children = enumerate(node)
+    elif isinstance(node, nnx.Module):
+        children = vars(node).items()
+    for key, child in children:
+        yield from _declared(child, (*path, key))
 
 
 def count_steps(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> int:
