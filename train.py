@@ -1,7 +1,6 @@
 """One training run, from the command line: `python train.py --help`."""
 
 import contextlib
-import logging
 import sys
 import time
 from collections import deque
@@ -14,19 +13,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from training import data, devices
-from training.checkpoints import CheckpointError, Checkpoints, save_model
+from training import UserError, data, devices
+from training.checkpoints import Checkpoints, save_model
 from training.display import Display
 from training.options import Experiment, Launch, check_resumes, parse, show_choices, validate
 from training.record import Record
 from training.run_folder import PICTURES, RunFolder, finished_records
-from training.signals import Interrupted, Request, Requests, interruptible, outlive_readers
+from training.signals import Interrupted, Request, Requests, interruptible, one_line_errors
 from training.step import Measured, Program
 
 AHEAD = 2  # steps dispatched to the devices before the host reads the oldest one's loss
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(UserError):
     """A loss or gradient is NaN or infinite."""
 
 
@@ -88,7 +87,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             state = checkpoints.restore(state) or state
         done = int(state.step)
         if done > experiment.epochs * program.steps_per_epoch:
-            raise ValueError(
+            raise UserError(
                 f"--epochs is {experiment.epochs}, and the run in {path} has already completed "
                 f"{done / program.steps_per_epoch:.3g}; give as many or more"
             )
@@ -194,29 +193,13 @@ def describe(mesh: Mesh) -> str:
 
 
 def main() -> None:
-    outlive_readers()
-    debug = "--debug" in sys.argv
-    if not debug:  # Orbax and its event loop log errors with tracebacks; they are raised as well
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda unraisable: None
-    try:
+    with one_line_errors("train.py", debug="--debug" in sys.argv):
         experiment, launch = parse()
         if launch.list:
             return show_choices(experiment.dataset)
         devices.prepare(experiment.batch_size)
         devices.start_processes(launch)
         train(experiment, launch)
-    except Interrupted as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("train.py: stopped before it took a step", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, CheckpointError, NotFinite) as error:
-        if debug:
-            raise
-        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from models import MODELS
+from training import UserError
 from training.data import normalize
 from training.devices import is_first_process
 from training.run_folder import OpenFolder
@@ -25,7 +26,7 @@ KEPT = 3
 VARIABLES = (nnx.Param, nnx.BatchStat)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written or read; the message says which, and what to do."""
 
 

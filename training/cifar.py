@@ -97,6 +97,11 @@ class Cifar100(_Cifar, skip_registration=True):
 _BUILDERS = {"cifar10": Cifar10, "cifar100": Cifar100}
 
 
+def archive(name: str) -> str:
+    """The name of the file that a data set is downloaded as."""
+    return Path(_BUILDERS[name].url).name
+
+
 def prepare(name: str, data_dir: str | os.PathLike[str]) -> None:
     """Downloads a data set and writes it to `data_dir/name/VERSION`, as ArrayRecord files.
 
@@ -109,7 +114,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> None:
       data_dir: the folder of all data sets.
     """
     builder = _BUILDERS[name](data_dir=data_dir)
-    if not Path(data_dir, "downloads", "manual", Path(builder.url).name).exists():
+    if not Path(data_dir, "downloads", "manual", archive(name)).exists():
         try:
             requests.head(builder.url, timeout=30)
         except requests.RequestException as error:

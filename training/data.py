@@ -8,6 +8,7 @@ missing. To do that beforehand, on a machine with network access:
 
 import dataclasses
 import hashlib
+import json
 import os
 import sys
 import textwrap
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+
+from training import UserError
 
 
 class DatasetSpec(NamedTuple):
@@ -50,7 +53,7 @@ DATASETS = {
 }
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data set is unavailable as requested; the message says why, and what to do about it."""
 
 
@@ -159,24 +162,45 @@ def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     from training import cifar
 
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    folder = root / name / cifar.VERSION
-    prepared = os.path.exists(folder)
-    try:
-        if not prepared:
+    folder, command = root / name / cifar.VERSION, f"python -m training.data {name} --data-dir"
+    if root.exists() and not root.is_dir():
+        raise DataError(f"--data-dir is {root}, which is a file; give a folder")
+    if not folder.exists():
+        try:
             cifar.prepare(name, root)
-        train = cifar.read(name, root, "train")
-        test = cifar.read(name, root, "test")
+        except Exception as error:
+            raise DataError(
+                f"{name} is not in {folder} and could not be prepared there ({_shortened(error)}): "
+                f"with a network, run `{command} DIR`, then copy DIR/{name} into {root}; or put "
+                f"{cifar.archive(name)} into {root / 'downloads' / 'manual'}"
+            ) from error
+    elsewhere = f"prepare it in another folder with `{command} DIR`"
+    info = folder / "dataset_info.json"
+    if not info.exists():
+        raise DataError(
+            f"{folder} has no dataset_info.json, so it is not a prepared data set; give the folder "
+            f"that contains {name}/{cifar.VERSION} with --data-dir, or {elsewhere}"
+        )
+    try:
+        file_format = json.loads(info.read_text()).get("fileFormat", "array_record")
+        if file_format != "array_record":
+            raise DataError(
+                f"{folder} is in the format {file_format}, and only array_record can be read: "
+                f"convert it with `tfds convert_format`, or {elsewhere}"
+            )
+        train, test = cifar.read(name, root, "train"), cifar.read(name, root, "test")
+    except DataError:
+        raise
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        command = f"python -m training.data {name} --data-dir"
-        if prepared:
-            problem = f"{name} in {folder} is incomplete or damaged ({reason})"
-            remedy = f"delete that folder and run `{command} {root}`"
-        else:
-            problem = f"{name} is not in {folder} and could not be prepared there ({reason})"
-            remedy = f"with a network, run `{command} DIR`, then copy DIR/{name} into {root}"
-        raise DataError(f"{problem}: {remedy}") from error
+        raise DataError(
+            f"{name} in {folder} is incomplete or damaged ({_shortened(error)}): put back a copy, "
+            f"or {elsewhere}"
+        ) from error
     return _described(name, *train, *test)
+
+
+def _shortened(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
 
 
 def _described(name: str, *arrays: np.ndarray) -> Dataset:

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from training import UserError
 from training.options import Launch
 
 T = TypeVar("T")
@@ -32,7 +33,12 @@ def prepare(batch_size: int) -> None:
 
     Args:
       batch_size: that of the runs to come.
+
+    Raises:
+      UserError: if JAX is set to float64, in which nothing here computes.
     """
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError("JAX_ENABLE_X64 is set, and training is in float32: unset it")
     _use_cores(batch_size)
     _keep_memory()
     _keep_compiled()
@@ -51,7 +57,10 @@ def _use_cores(batch_size: int) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if (cores or 1) > 1 and batch_size % 2 == 0:
-        jax.config.update("jax_num_cpu_devices", 2)
+        try:
+            jax.config.update("jax_num_cpu_devices", 2)
+        except RuntimeError:  # JAX has been used, as in a notebook
+            return
         # XLA aborts once one device has waited 40 s for the other, as after the process has slept.
         timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
         if timeout not in flags:
@@ -108,6 +117,15 @@ def start_processes(launch: Launch) -> None:
         alone = ("coordinator_address should be defined", "must be called before any JAX calls")
         if options != (None, None, None) or not any(text in str(error) for text in alone):
             raise
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an AssertionError without a word, for CUDA
+        asked = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(("JAX_P", "JAX_NUM"))]
+        reason = (str(error) or "it gives no reason").splitlines()[0]
+        raise UserError(
+            f"JAX finds no device ({reason}); it was asked for {' '.join(asked) or 'the default'}. "
+            "Unset that, or install what it needs, such as jax[cuda13] or jax[tpu]"
+        ) from error
     if jax.process_count() > 1:
         explain_an_early_end()
         if not is_first_process():

@@ -19,6 +19,7 @@ from flax import nnx
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from models import MODELS
+from training import UserError
 from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS
 from training.record import READABLE, SCHEMA, explain
@@ -199,15 +200,15 @@ def validate(experiment: Experiment, launch: Launch) -> None:
         try:
             adapter.validate_json(json.dumps(dataclasses.asdict(options), default=str))
         except ValidationError as error:
-            raise ValueError(f"--{explain(error).replace('_', '-', 1)}") from error
+            raise UserError(f"--{explain(error).replace('_', '-', 1)}") from error
     processes = (launch.coordinator, launch.num_processes, launch.process_id)
     if None in processes and processes != (None, None, None):
-        raise ValueError(
+        raise UserError(
             "--coordinator, --num-processes and --process-id go together; got "
             f"{launch.coordinator}, {launch.num_processes} and {launch.process_id}"
         )
     if launch.process_id is not None and launch.process_id >= (launch.num_processes or 0):
-        raise ValueError(
+        raise UserError(
             f"--process-id is {launch.process_id}; of {launch.num_processes} processes it must be "
             f"between 0 and {(launch.num_processes or 0) - 1}"
         )
@@ -228,7 +229,7 @@ def experiment_of(options: Any) -> Experiment:
     try:
         return _EXPERIMENT.validate_json(json.dumps(options))
     except ValidationError as error:
-        raise ValueError(explain(error)) from error
+        raise UserError(explain(error)) from error
 
 
 def load(path: Path) -> Experiment:
@@ -245,30 +246,30 @@ def load(path: Path) -> Experiment:
         if description.get("schema", 1) in READABLE:
             return experiment_of(description["config"])
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; give a config.json") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a config.json") from error
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: {error}; put back a copy of it, or start the run again with "
             "another --out"
         ) from error
-    raise ValueError(_of_another_version(path, description))
+    raise UserError(_of_another_version(path, description))
 
 
 def check_resumes(experiment: Experiment, folder: Path) -> None:
     """Raises ValueError if the run in a folder cannot go on as `experiment`."""
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"there is no run in {folder} to resume; give its folder with --out, "
             "or leave out --resume to start it"
         )
     begun = load(path)
     description = json.loads(path.read_text())
     if description["schema"] != SCHEMA:
-        raise ValueError(_of_another_version(path, description))
+        raise UserError(_of_another_version(path, description))
     for name, value in dataclasses.asdict(begun).items():
         if name != "epochs" and getattr(experiment, name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{option(name)} is {getattr(experiment, name)}, and the run in {folder} was "
                 f"started with {value}; resume it with that, or start another run with --out"
             )
@@ -300,14 +301,14 @@ def local_path(name: str, path: Path) -> Path:
         misread.
     """
     if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
-        raise ValueError(f"{option(name)} is {path}; only a local or mounted folder can be used")
+        raise UserError(f"{option(name)} is {path}; only a local or mounted folder can be used")
     try:
         path = path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{option(name)} is {path}, and {error}; give the whole path") from error
+        raise UserError(f"{option(name)} is {path}, and {error}; give the whole path") from error
     absolute = path.absolute()
     if os.fsencode(absolute) != str(absolute).encode(errors="replace"):
-        raise ValueError(f"{option(name)} is {str(path)!r}, which is not UTF-8; choose another")
+        raise UserError(f"{option(name)} is {str(path)!r}, which is not UTF-8; choose another")
     return path
 
 

@@ -16,6 +16,8 @@ import jax
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from training import UserError
+
 # Of `config.json` and of the record files of a study. 2: without `scale_factor_max`. 1, unwritten
 # there: the method `none` was called `adamw`.
 SCHEMA = 3
@@ -24,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "optax-autoscale", "numpy")
 ROOT = Path(__file__).parents[1]
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A file of records is missing or damaged; the message names it and what is wrong."""
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import secrets
 import shlex
 import socket
 import sys
@@ -23,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
-from training import plots
+from training import UserError, plots
 from training.data import DATASETS, Dataset
 from training.optimizers import METHODS, OPTIMIZERS
 from training.options import Experiment, Launch
@@ -150,7 +151,7 @@ class RunFolder:
         }
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
         if launch.wandb and not find_spec("wandb"):
-            raise ValueError(
+            raise UserError(
                 "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
             )
 
@@ -267,7 +268,7 @@ class RunFolder:
     def _check_data(self) -> None:
         begun = json.loads((self.path / "config.json").read_text()).get("data")
         if begun != self._description["data"]:
-            raise ValueError(
+            raise UserError(
                 f"the images of {self._experiment.dataset} are not those with which the run in "
                 f"{self.path} began; resume it with its own --data-dir"
             )
@@ -333,8 +334,10 @@ class TensorBoard:
 
     def __init__(self, folder: Path, epochs: int):
         folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of their names, whatever the clock said.
+        number = len(list(folder.iterdir()))
         # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
-        self._writer = EventsWriter(str(folder / "events"))
+        self._writer = EventsWriter(str(folder / f"{number:04}"))
         hide_later = SessionLog(status=SessionLog.START)
         self._writer.write_event(
             Event(wall_time=time.time(), step=epochs + 1, session_log=hide_later)
@@ -371,13 +374,17 @@ class WeightsAndBiases:
 
     def __init__(self, folder: Path, experiment: Experiment):
         wandb: Any = importlib.import_module("wandb")
+        known = folder / "wandb_id"  # so that a finished run can go on, offline as well
+        if not known.exists():
+            known.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project="optax-autoscale",
                 name=folder.name,
                 dir=folder,
                 config=dataclasses.asdict(experiment),
-                resume="auto",
+                id=known.read_text(),
+                resume="allow",
                 settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:

@@ -1,14 +1,15 @@
-"""How a run meets the world outside: signals that stop it, and output that may go away."""
+"""How a program ends: by a signal, by an error, or although nobody reads its output any more."""
 
 import contextlib
 import errno
 import io
+import logging
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from training import UserError
 from training.devices import by_batch, exit_at_once, is_first_process, put, replicated
 
 # Ctrl-C, and what schedulers and closed terminals send. Windows has the first two.
@@ -114,6 +116,45 @@ def interruptible(function: Callable[[], None]) -> None:
     """Calls a function in a thread, so that signals are handled while it compiles."""
     with ThreadPoolExecutor(1) as executor:
         executor.submit(function).result()
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str, *, debug: bool = False) -> Iterator[None]:
+    """Ends a program with one line, without a traceback, where the user can solve what is wrong.
+
+    Its output may go away: see `outlive_readers`.
+
+    Args:
+      program: its name, which begins the line.
+      debug: whether every error has its traceback.
+    """
+    outlive_readers()
+    if not debug:  # Orbax and its event loop log errors with tracebacks; they are raised as well
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    except Interrupted as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"{program}: stopped before it took a step", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if debug:
+            raise
+        if isinstance(error, UserError | OSError):
+            sys.exit(f"{program}: {error}")
+        if memory:
+            sys.exit(
+                f"{program}: out of memory ({str(error).splitlines()[0][:200]}); a smaller "
+                "--batch-size, --precision bfloat16 or, on several devices, --fsdp needs less. "
+                "A run that has a checkpoint can be resumed"
+            )
+        error.add_note(f"This is a fault of {program}. Please report it, with all of these lines.")
+        raise
 
 
 class _Enduring(io.FileIO):

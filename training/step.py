@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from models import MODELS
 from optax_autoscale import EffectSums, global_std, layer_std
-from training import devices
+from training import UserError, devices
 from training.data import Dataset, cutmix, normalize, random_crop, random_flip
 from training.optimizers import learning_rate_schedule, make_optimizer
 from training.options import MAX_STEPS, Experiment, option
@@ -347,12 +347,12 @@ def count_steps(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> int:
     """
     size, num_images = experiment.batch_size, len(dataset.train_labels)
     if size > num_images:
-        raise ValueError(
+        raise UserError(
             f"--batch-size is {size}, more than the {num_images} training images; "
             "choose a smaller one"
         )
     if size % mesh.size:
-        raise ValueError(
+        raise UserError(
             f"--batch-size is {size}, which is not a multiple of the {mesh.size} devices; "
             f"choose a multiple of {mesh.size}"
         )
@@ -360,7 +360,7 @@ def count_steps(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> int:
     for name in ("epochs", "decay_epochs", "warmup_epochs"):
         epochs, most = getattr(experiment, name), MAX_STEPS // steps
         if epochs > most:
-            raise ValueError(
+            raise UserError(
                 f"{option(name)} is {epochs}; it must be at most {most}, as an epoch has "
                 f"{steps} steps, and {MAX_STEPS} can be counted"
             )
