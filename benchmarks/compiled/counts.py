@@ -6,7 +6,6 @@
   the start counts. On a GPU each is a kernel or a library call. On a TPU, whose program needs no
   host between its steps, it is one of these steps; most are fusions.
 - `copies`: the launches that only copy: into another layout, or on a TPU into its fast memory.
-- `reductions`: the launches that sum over an axis, alone or fused with what leads to it.
 - `library_calls`: on a GPU, the convolutions and matrix products of cuDNN and cuBLAS. A TPU has no
   library.
 - `convolutions`: those that are neither a library call nor part of a fusion. A TPU's compiler makes
@@ -63,7 +62,6 @@ class Counts:
 
     launches: int
     copies: int
-    reductions: int
     library_calls: int
     convolutions: int
     all_reduces: int
@@ -139,14 +137,6 @@ class Program:
             elif it.opcode not in FREE and not it.opcode.endswith(("-done", "-update")):
                 yield it
 
-    def within(self, instruction: Instruction) -> Iterator[Instruction]:
-        """An instruction, and those that are fused into it."""
-        yield instruction
-        if instruction.opcode in ("fusion", "async-start"):
-            for called in instruction.called:
-                for it in self.computations[called]:
-                    yield from self.within(it)
-
     def bytes_read(self, instruction: Instruction) -> int:
         """The sizes of an instruction's operands, or of what it slices or gathers from them."""
         sizes = [sum(self.instructions[name].sizes) for name in instruction.operands]
@@ -199,9 +189,6 @@ def count(compiled: Any) -> Counts:
     return Counts(
         launches=len(launches),
         copies=sum(it.operation == "copy" for it in launches),
-        reductions=sum(
-            any(part.opcode == "reduce" for part in program.within(it)) for it in launches
-        ),
         library_calls=sum(bool(LIBRARIES.search(it.text)) for it in launches),
         convolutions=sum(it.opcode == "convolution" for it in launches),
         all_reduces=collectives.count("all_reduces"),
