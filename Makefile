@@ -83,5 +83,5 @@ $(VENV)/.installed-docs: $(INSTALLED)
 $(ACCELERATORS)/.installed: benchmarks/compiled/requirements.txt
 	@echo 'Installing the compilers of a TPU and a GPU into $(ACCELERATORS), once: about 2 GB ...'
 	$(PYTHON) -m venv --clear $(ACCELERATORS)
-	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable .
+	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable '.[train]'
 	touch $@

@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 
 from benchmarks.timing import interleaved, milliseconds, table
-from training import cpu, data, devices
+from training import data, devices
 from training.compiled import keep_compiled
 from training.config import recipe
 from training.program import Program
@@ -149,8 +149,6 @@ def main(
       steps: how many are timed at once.
       repeats: how many times they are.
     """
-    cpu.use_cores(batch_size)
-    cpu.keep_memory()
     keep_compiled()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"batch {batch_size}, n = {repeats} x {steps} steps")

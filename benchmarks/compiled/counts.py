@@ -35,6 +35,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "add-dependency", "opt-barrier"),
 }
+PARTS = {"dynamic-slice", "gather", "slice"}
 CALLS = {"call", "while", "conditional"}
 COLLECTIVES = {
     "all-reduce": "all_reduces",
@@ -110,9 +111,6 @@ class Program:
 
     Args:
       text: what `jax.stages.Compiled.as_text` returns.
-
-    Raises:
-      ValueError: if the text has no entry computation.
     """
 
     def __init__(self, text: str):
@@ -124,8 +122,6 @@ class Program:
                 self._entry = header[2] if header[1] else self._entry
             elif instruction := INSTRUCTION.match(line):
                 body.append(Instruction(*instruction.groups()))
-        if not self._entry:
-            raise ValueError("this is not the text of a compiled program")
         self.instructions = {it.name: it for body in self.computations.values() for it in body}
 
     def launches(self, computation: str = "") -> Iterator[Instruction]:
@@ -142,14 +138,11 @@ class Program:
         sizes = [sum(self.instructions[name].sizes) for name in instruction.operands]
         if instruction.opcode == "fusion":
             (body,) = (self.computations[called] for called in instruction.called)
-            parameters = [it for it in body if it.opcode == "parameter"]
-            for it in parameters:
+            for it in (it for it in body if it.opcode == "parameter"):
                 uses = [use for use in body if it.name in use.operands]
-                parts = ("dynamic-slice", "gather", "slice")
-                if all(use.opcode in parts and use.operands[0] == it.name for use in uses):
-                    taken = sum(sum(use.sizes) for use in uses)
+                if all(use.opcode in PARTS and use.operands[0] == it.name for use in uses):
                     index = int(it.text.partition(")")[0])
-                    sizes[index] = min(sizes[index], taken)
+                    sizes[index] = min(sizes[index], sum(sum(use.sizes) for use in uses))
         return sum(sizes)
 
 
@@ -180,12 +173,10 @@ def count(compiled: Any) -> Counts:
     program = Program(compiled.as_text())
     launches = list(program.launches())
     collectives = _collectives(program)
-    cost = compiled.cost_analysis()
-    accessed = (
-        cost["bytes accessed"]
-        if cost
-        else sum(program.bytes_read(it) + sum(it.sizes) for it in launches)
-    )
+    if cost := compiled.cost_analysis():
+        accessed = cost["bytes accessed"]
+    else:
+        accessed = sum(program.bytes_read(it) + sum(it.sizes) for it in launches)
     return Counts(
         launches=len(launches),
         copies=sum(it.operation == "copy" for it in launches),
