@@ -5,7 +5,7 @@
 
 No data set is needed: images are random, in the shapes of CIFAR-100. Run it alone on the device.
 Most of the time goes into compiling, on an H200 more than half a minute for each program; compiled
-programs are kept for the next time. The columns are:
+programs are kept for the next time. It has not run on a GPU yet. The columns are:
 
 - *images/s*, *ms a step*: of steps that follow each other, as in a run, with quartiles in brackets.
 - *host ms*: how long the host takes to hand over a step while the device is idle.
