@@ -28,11 +28,11 @@ UPDATES = ("none", "clip", "gradient_centralization", *WITH_AXIS_NAME)
 
 
 class Case(NamedTuple):
-    """A program: an update of a method and AdamW, or a step of training or of evaluation."""
+    """A program: an update of a method and AdamW, or a training step."""
 
     target: str  # "tpu" or "h100"
     precision: str  # of the network, or of an update's gradients and parameters
-    kind: str  # "update", "train" or "eval"
+    kind: str  # "update" or "train"
     model: str  # whose step it is, or whose parameters are updated
     placement: str  # of the parameters: "replicated", "rows", "columns", "shard_map" or "fsdp"
     method: str = "autoscale"
@@ -53,13 +53,11 @@ def cases() -> list[Case]:
     }
     return [
         *(Case(*fields, method) for fields, methods in updates.items() for method in methods),
-        Case("h100", "bfloat16", "eval", "resnet20", "replicated"),
         *(Case("h100", "bfloat16", "train", model, "replicated") for model in MODELS),
         *(
             Case("h100", "float32", "train", model, "replicated")
             for model in ("resnet20", "resnet56", "vgg16_bn")
         ),
-        Case("tpu", "bfloat16", "eval", "resnet20", "replicated"),
         *(Case("tpu", "bfloat16", "train", model, "replicated") for model in MODELS),
         Case("tpu", "bfloat16", "train", "vit", "fsdp"),
     ]
@@ -79,15 +77,10 @@ def trace(case: Case, mesh: Mesh) -> Any:
     def describe(leaf: Any, sharding: Any = everywhere) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def describe_data(images: np.ndarray, labels: np.ndarray) -> Any:
-        return describe(images.reshape(len(images), -1)), describe(labels)
-
     state = jax.eval_shape(program.first_state)
     state = jax.tree.map(describe, state, devices.state_shardings(state, mesh, fsdp=fsdp))
-    if case.kind == "eval":
-        data = describe_data(dataset.test_images, dataset.test_labels)
-        return program.eval_function.trace(state, data, np.int32(0))
-    data = describe_data(dataset.train_images, dataset.train_labels)
+    images = dataset.train_images.reshape(len(dataset.train_images), -1)
+    data = describe(images), describe(dataset.train_labels)
     order = describe(jax.eval_shape(program.epoch_order, np.int32(1)))
     return program.train_functions[False].trace(state, data, order)
 
