@@ -53,7 +53,7 @@ docs: $(VENV)/.installed-docs
 
 # Compiles for a TPU and a GPU, neither of which has to be here: see benchmarks/README.md.
 accelerators: $(ACCELERATORS)/.installed
-	$(ACCELERATORS)/bin/python -m benchmarks.accelerators $(ARGS)
+	$(ACCELERATORS)/bin/python -m benchmarks.compiled $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -80,8 +80,8 @@ $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-$(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt
+$(ACCELERATORS)/.installed: benchmarks/compiled/requirements.txt
 	@echo 'Installing the compilers of a TPU and a GPU into $(ACCELERATORS), once: about 2 GB ...'
 	$(PYTHON) -m venv --clear $(ACCELERATORS)
-	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable .
+	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable '.[train]'
 	touch $@

@@ -6,7 +6,6 @@
   the start counts. On a GPU each is a kernel or a library call. On a TPU, whose program needs no
   host between its steps, it is one of these steps; most are fusions.
 - `copies`: the launches that only copy: into another layout, or on a TPU into its fast memory.
-- `reductions`: the launches that sum over an axis, alone or fused with what leads to it.
 - `library_calls`: on a GPU, the convolutions and matrix products of cuDNN and cuBLAS. A TPU has no
   library.
 - `convolutions`: those that are neither a library call nor part of a fusion. A TPU's compiler makes
@@ -36,6 +35,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
     *("partition-id", "replica-id", "add-dependency", "opt-barrier"),
 }
+PARTS = {"dynamic-slice", "gather", "slice"}
 CALLS = {"call", "while", "conditional"}
 COLLECTIVES = {
     "all-reduce": "all_reduces",
@@ -63,7 +63,6 @@ class Counts:
 
     launches: int
     copies: int
-    reductions: int
     library_calls: int
     convolutions: int
     all_reduces: int
@@ -112,9 +111,6 @@ class Program:
 
     Args:
       text: what `jax.stages.Compiled.as_text` returns.
-
-    Raises:
-      ValueError: if the text has no entry computation.
     """
 
     def __init__(self, text: str):
@@ -126,8 +122,6 @@ class Program:
                 self._entry = header[2] if header[1] else self._entry
             elif instruction := INSTRUCTION.match(line):
                 body.append(Instruction(*instruction.groups()))
-        if not self._entry:
-            raise ValueError("this is not the text of a compiled program")
         self.instructions = {it.name: it for body in self.computations.values() for it in body}
 
     def launches(self, computation: str = "") -> Iterator[Instruction]:
@@ -139,27 +133,16 @@ class Program:
             elif it.opcode not in FREE and not it.opcode.endswith(("-done", "-update")):
                 yield it
 
-    def within(self, instruction: Instruction) -> Iterator[Instruction]:
-        """An instruction, and those that are fused into it."""
-        yield instruction
-        if instruction.opcode in ("fusion", "async-start"):
-            for called in instruction.called:
-                for it in self.computations[called]:
-                    yield from self.within(it)
-
     def bytes_read(self, instruction: Instruction) -> int:
         """The sizes of an instruction's operands, or of what it slices or gathers from them."""
         sizes = [sum(self.instructions[name].sizes) for name in instruction.operands]
         if instruction.opcode == "fusion":
             (body,) = (self.computations[called] for called in instruction.called)
-            parameters = [it for it in body if it.opcode == "parameter"]
-            for it in parameters:
+            for it in (it for it in body if it.opcode == "parameter"):
                 uses = [use for use in body if it.name in use.operands]
-                parts = ("dynamic-slice", "gather", "slice")
-                if all(use.opcode in parts and use.operands[0] == it.name for use in uses):
-                    taken = sum(sum(use.sizes) for use in uses)
+                if all(use.opcode in PARTS and use.operands[0] == it.name for use in uses):
                     index = int(it.text.partition(")")[0])
-                    sizes[index] = min(sizes[index], taken)
+                    sizes[index] = min(sizes[index], sum(sum(use.sizes) for use in uses))
         return sum(sizes)
 
 
@@ -190,18 +173,13 @@ def count(compiled: Any) -> Counts:
     program = Program(compiled.as_text())
     launches = list(program.launches())
     collectives = _collectives(program)
-    cost = compiled.cost_analysis()
-    accessed = (
-        cost["bytes accessed"]
-        if cost
-        else sum(program.bytes_read(it) + sum(it.sizes) for it in launches)
-    )
+    if cost := compiled.cost_analysis():
+        accessed = cost["bytes accessed"]
+    else:
+        accessed = sum(program.bytes_read(it) + sum(it.sizes) for it in launches)
     return Counts(
         launches=len(launches),
         copies=sum(it.operation == "copy" for it in launches),
-        reductions=sum(
-            any(part.opcode == "reduce" for part in program.within(it)) for it in launches
-        ),
         library_calls=sum(bool(LIBRARIES.search(it.text)) for it in launches),
         convolutions=sum(it.opcode == "convolution" for it in launches),
         all_reduces=collectives.count("all_reduces"),

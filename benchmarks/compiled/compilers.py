@@ -1,14 +1,8 @@
 """The compilers of a TPU and of a GPU, neither of which has to be there."""
 
-import contextlib
-import fcntl
 import os
-import sys
-import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,11 +30,9 @@ def mesh(target: str) -> Mesh:
         topology = topologies.get_topology_desc("v5e:2x4", "tpu")
     else:
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of the drivers
+        config = Path(__file__).with_name("h100.textproto").read_text()
         topology = topologies.get_topology_desc(
-            "h100",
-            "cuda",
-            target_config=Path(__file__).with_name("h100.textproto").read_text(),
-            topology="1x1x1",
+            "h100", "cuda", target_config=config, topology="1x1x1"
         )
     return Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
 
@@ -48,25 +40,3 @@ def mesh(target: str) -> Mesh:
 def versions(target: str) -> dict[str, str]:
     """The versions of what compiles for a target."""
     return {package: version(package) for package in PACKAGES[target]}
-
-
-def lower(traced: Any, target: str) -> Any:
-    """Lowers what was traced for a target."""
-    return traced.lower(lowering_platforms=(PLATFORMS[target],))
-
-
-def compile(lowered: Any, target: str) -> Any:
-    """Compiles what was lowered for a target."""
-    return lowered.compile(OPTIONS[target])
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Waits for other processes that compile here: libtpu aborts where another one uses it."""
-    with open(Path(tempfile.gettempdir(), "optax_autoscale_accelerators.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another process that compiles for accelerators", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
