@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import jax
 import tyro
+from training.compiled import keep_compiled
+from training.config import Experiment, Launch, check_path
+from training.interruption import Interrupted
+from training.lock import InUse, lock
 
 from reproduction import estimate, studies
 from reproduction.report import write_report
@@ -22,11 +26,7 @@ from reproduction.verdict import read_all, write_verdict
 from train import NotFinite, train
 from training import cpu, output
 from training.checkpoints import CheckpointError
-from training.compiled import keep_compiled
-from training.config import Experiment, Launch, check_path
 from training.devices import exit_at_once
-from training.interruption import Interrupted
-from training.lock import InUse, lock
 from training.record import read_records
 
 if TYPE_CHECKING:

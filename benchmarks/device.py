@@ -29,9 +29,8 @@ import tyro
 
 from benchmarks.timing import interleaved, milliseconds, table
 from training import data, devices
-from training.compiled import keep_compiled
-from training.config import recipe
-from training.program import Program
+from training.options import recipe
+from training.step import Program
 
 METHODS = ("none", "autoscale")
 Kernel = tuple[str, float, float]  # its name, start and end
@@ -149,7 +148,7 @@ def main(
       steps: how many are timed at once.
       repeats: how many times they are.
     """
-    keep_compiled()
+    devices.prepare(batch_size)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"batch {batch_size}, n = {repeats} x {steps} steps")
     for model in models:

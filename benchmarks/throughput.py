@@ -20,11 +20,11 @@ import tyro
 from jax.sharding import AxisType, Mesh
 
 from benchmarks.timing import interleaved, milliseconds, table
-from training import cpu
-from training.config import recipe
+from training import devices
 from training.data import random_dataset
 from training.optimizers import METHODS, make_optimizer
-from training.program import Program
+from training.options import recipe
+from training.step import Program
 
 ModelName = Literal["resnet20", "resnet56"]
 Calls = dict[str, Callable[[], Any]]  # each returns when its work is done
@@ -34,8 +34,8 @@ def our_step(model: ModelName, batch_size: int, num_devices: int) -> Calls:
     """The whole step, and on one device its parts, compiled on their own."""
     experiment = dataclasses.replace(recipe("cifar100"), model=model, batch_size=batch_size)
     dataset = random_dataset("cifar100", 4096)
-    devices = np.array(jax.devices()[:num_devices])
-    program = Program(experiment, dataset, Mesh(devices, ("data",), axis_types=(AxisType.Auto,)))
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
+    program = Program(experiment, dataset, mesh)
     data = program.put(dataset.train_images, dataset.train_labels)
     state, order = program.first_state(), program.epoch_order(np.int32(1))
 
@@ -126,8 +126,7 @@ def main(model: ModelName = "resnet20", batch_size: int = 256, repeats: int = 11
       repeats: timed steps of each kind, interleaved.
     """
     cores = len(os.sched_getaffinity(0))
-    cpu.use_cores(batch_size)
-    cpu.keep_memory()  # PyTorch's as well
+    devices.prepare(batch_size)  # keeps PyTorch's memory as well
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {cores} cores, n = {repeats}\n")
     calls = our_step(model, batch_size, 1)
     if jax.local_device_count() > 1:

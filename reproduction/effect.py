@@ -26,17 +26,17 @@ import optax
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from training.config import Experiment, recipe
+from training.program import Arrays, Program
+from training.provenance import environment
 
 from optax_autoscale import measure_effect
 from reproduction.markdown import table
 from reproduction.report import short
 from training import cpu, data, devices
-from training.config import Experiment, recipe
 from training.data import Dataset
 from training.optimizers import METHODS, OPTIMIZERS, make_optimizer
 from training.plots import STYLE
-from training.program import Arrays, Program
-from training.provenance import environment
 
 STEPS = 200
 BURN_IN = 20  # initial steps that the medians leave out

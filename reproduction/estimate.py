@@ -8,11 +8,11 @@ from datetime import timedelta
 
 import jax
 import numpy as np
+from training.config import Experiment
+from training.program import Program
 
 from reproduction.studies import Run, cost
 from training import data, devices
-from training.config import Experiment
-from training.program import Program
 
 MEASURED_STEPS = 3
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from training.config import Experiment
+
 from models import MODELS
 from reproduction.studies import Run, Study
-from training.config import Experiment
 from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS, method_label
 

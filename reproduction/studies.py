@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.config import Experiment, experiment_of, option, recipe
+
 from models import MODELS
 from reproduction.files import replacing
-from training.config import Experiment, experiment_of, option, recipe
 from training.data import DATASETS
 from training.record import SCHEMA, Record, RecordError, parse_records, read_records
 

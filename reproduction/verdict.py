@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from training.config import Experiment
 
 from models import MODELS
 from reproduction import figures, inference, markdown
@@ -31,7 +32,6 @@ from reproduction.studies import (
     read,
     same_results,
 )
-from training.config import Experiment
 from training.optimizers import METHODS, OPTIMIZERS, method_label
 
 # The paper's own scale first. Of the two studies at one scale, that of the CPU was finished, and

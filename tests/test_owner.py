@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from training.lock import LOCK, lock
 
 import train
 from reproduction import studies
-from training.lock import LOCK, lock
 from training.record import read_records
 
 pytestmark = pytest.mark.slow

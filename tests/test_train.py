@@ -16,16 +16,16 @@ import optax
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
+from training.augmentation import normalize
+from training.lock import LOCK
+from training.saved_model import load_model
 
 import train
 from models import MODELS, resnet8
 from training import data, devices
-from training.augmentation import normalize
-from training.lock import LOCK
 from training.optimizers import METHODS, OPTIMIZERS
 from training.record import read_records
 from training.run_folder import finished_records
-from training.saved_model import load_model
 
 pytestmark = pytest.mark.slow
 

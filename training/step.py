@@ -36,7 +36,8 @@ class TrainState(NamedTuple):
     batch_stats: Arrays
     opt_state: optax.OptState
     totals: Arrays  # the epoch's sums so far of what is recorded
-    by_step: Arrays  # what else is, of each of the epoch's steps; shape=(steps,), dtype=float32
+    scale_max: jax.Array | None  # the epoch's largest scale factor; shape=(), dtype=float32
+    norm_ratios: jax.Array | None  # of the epoch's steps; shape=(steps,), dtype=float32
 
 
 class Measured(NamedTuple):
@@ -150,21 +151,22 @@ class Program:
         """
         steps = self.steps_per_epoch
         exponent = optax.tree.get(state.opt_state, "exponent", None)
-        totals, by_step, exponent = jax.device_get((state.totals, state.by_step, exponent))
-        stds = (totals["layer_std"] / steps).tolist()
-        scales, norm_ratios = by_step["scale_factor"], by_step["norm_ratio"]
+        totals, largest, ratios, exponent = jax.device_get(
+            (state.totals, state.scale_max, state.norm_ratios, exponent)
+        )
+        stds, scale = (totals["layer_std"] / steps).tolist(), totals["scale_factor"]
         effect: EffectSums | None = totals["effect"]
         first = int(state.step) == steps
         return {
             "train_loss": float(totals["train_loss"]) / steps,
             "global_std": float(totals["global_std"]) / steps,
-            "scale_factor": None if scales is None else float(scales.mean(dtype=np.float64)),
-            "scale_factor_max": None if scales is None else float(scales.max()),
+            "scale_factor": None if scale is None else float(scale) / steps,
+            "scale_factor_max": None if largest is None else float(largest),
             "exponent": None if exponent is None else int(exponent),
             "layer_std": dict(zip(map(name_of, self.layers), stds, strict=True)),
             "update_norm_ratio": effect and float(effect.norm_ratio),
             "update_cosine": effect and float(effect.cosine),
-            "update_norm_ratio_by_step": norm_ratios.tolist() if effect and first else None,
+            "update_norm_ratio_by_step": ratios.tolist() if effect and first else None,
         }
 
     def model(self, state: TrainState) -> nnx.Module:
@@ -190,15 +192,17 @@ class Program:
         model = self._make_model(seed)
         params = arrays_of(model, nnx.Param)
         opt_state = self.tx.init(params)
-        summed, by_step = self._recorded(jnp.float32(0), params, opt_state)
+        recorded = self._recorded(jnp.float32(0), params, opt_state)
+        totals = jax.tree.map(jnp.zeros_like, recorded)
         return TrainState(
             step=jnp.int32(0),
             seed=seed,
             params=params,
             batch_stats=arrays_of(model, nnx.BatchStat),
             opt_state=opt_state,
-            totals=jax.tree.map(jnp.zeros_like, summed),
-            by_step=jax.tree.map(lambda _: jnp.zeros(self.steps_per_epoch), by_step),
+            totals=totals,
+            scale_max=totals["scale_factor"],
+            norm_ratios=None if totals["effect"] is None else jnp.zeros(self.steps_per_epoch),
         )
 
     def _epoch_order(self, seed: jax.Array, epoch: jax.Array) -> jax.Array:
@@ -224,8 +228,15 @@ class Program:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
 
-        summed, by_step = self._recorded(loss, grads, opt_state)
+        recorded = self._recorded(loss, grads, opt_state)
+        scale, ratio = (
+            optax.tree.get(opt_state, it, None) for it in ("scale_factor", "norm_ratio")
+        )
         index = state.step % self.steps_per_epoch  # of the step in its epoch
+
+        def of_epoch(total: jax.Array) -> jax.Array:
+            return jnp.where(index == 0, 0, total)
+
         state = TrainState(
             step=state.step + 1,
             seed=state.seed,
@@ -233,13 +244,12 @@ class Program:
             batch_stats=batch_stats,
             opt_state=opt_state,
             totals=jax.tree.map(
-                lambda total, value: jnp.where(index == 0, 0, total) + value, state.totals, summed
+                lambda total, value: of_epoch(total) + value, state.totals, recorded
             ),
-            by_step=jax.tree.map(
-                lambda values, value: values.at[index].set(value), state.by_step, by_step
-            ),
+            scale_max=None if scale is None else jnp.maximum(of_epoch(state.scale_max), scale),
+            norm_ratios=None if ratio is None else state.norm_ratios.at[index].set(ratio),
         )
-        return state, Measured(loss, summed["global_std"], **by_step)
+        return state, Measured(loss, recorded["global_std"], scale, ratio)
 
     def batch(self, state: TrainState, data: Data, order: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The images, augmented, and the labels as probabilities."""
@@ -266,22 +276,16 @@ class Program:
         loss = optax.softmax_cross_entropy(model(x), y).mean()
         return loss, arrays_of(model, nnx.BatchStat)
 
-    def _recorded(
-        self, loss: jax.Array, grads: Arrays, opt_state: optax.OptState
-    ) -> tuple[Arrays, Arrays]:
-        """What is summed over the epoch, and what is kept of each step; None where there is none.
-
-        The gradients are as they come, before the method.
-        """
+    def _recorded(self, loss: jax.Array, grads: Arrays, opt_state: optax.OptState) -> Arrays:
+        """What is summed over an epoch; all of the gradients as they come, before the method."""
         layers = [functools.reduce(operator.getitem, path, grads) for path in self.layers]
-        summed = {
+        return {
             "train_loss": loss,
             "global_std": global_std(grads),
             "layer_std": jnp.stack(layer_std(layers)),
+            "scale_factor": optax.tree.get(opt_state, "scale_factor", None),
             "effect": optax.tree.get(opt_state, "effect_sums", None),
         }
-        names = ("scale_factor", "norm_ratio")
-        return summed, {name: optax.tree.get(opt_state, name, None) for name in names}
 
     def _evaluate(
         self, state: TrainState, data: Data, start: jax.Array

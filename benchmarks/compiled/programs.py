@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from models import MODELS
 from optax_autoscale import measure_effect
 from training import devices
-from training.config import recipe
 from training.data import random_dataset
 from training.optimizers import METHODS, OPTIMIZERS
-from training.program import Program
+from training.options import recipe
+from training.step import Program
 
 # Where a parameter lies: its last axis but one, or its last, split over the devices that divide it.
 SPLIT_AXES = {"replicated": None, "rows": -2, "columns": -1, "shard_map": -1}
@@ -82,7 +82,7 @@ def trace(case: Case, mesh: Mesh) -> Any:
     images = dataset.train_images.reshape(len(dataset.train_images), -1)
     data = describe(images), describe(dataset.train_labels)
     order = describe(jax.eval_shape(program.epoch_order, np.int32(1)))
-    return program.train_functions[False].trace(state, data, order)
+    return program.train_step.trace(state, data, order)
 
 
 def _trace_update(case: Case, mesh: Mesh) -> Any:

@@ -29,7 +29,7 @@ def test_steps_that_differ_are_told(deterministic):
 def test_all_parts_are_measured(monkeypatch, capsys):
     tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
     monkeypatch.setitem(MODELS, "resnet20", tiny)
-    monkeypatch.setattr(device, "keep_compiled", lambda: None)
+    monkeypatch.setattr(device.devices, "prepare", lambda batch_size: None)
     device.main(("resnet20",), ("float32",), batch_size=16, steps=2, repeats=2)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]
     speed = dict(zip(rows[0], rows[2], strict=True))

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from training.config import Launch
+from training.lock import lock
 
 import reproduce
 from reproduction import studies
 from reproduction.files import replacing
 from reproduction.studies import STUDIES, Grid
 from training import config
-from training.config import Launch
-from training.lock import lock
 from training.record import SCHEMA, RecordError, read_records
 
 EXPERIMENT = dataclasses.replace(STUDIES["vit"].experiments()[0], epochs=3)

@@ -5,13 +5,13 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from training.config import Experiment, Launch, recipe
+from training.provenance import environment
 
 from reproduction import studies
 from reproduction.studies import STUDIES, compressed, cost, same_results
 from training import config
-from training.config import Experiment, Launch, recipe
 from training.optimizers import learning_rate_schedule
-from training.provenance import environment
 from training.record import SCHEMA
 
 ROOT = Path(__file__).parents[2]

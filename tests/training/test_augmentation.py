@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from training.augmentation import cutmix, normalize, random_crop, random_flip
 
 

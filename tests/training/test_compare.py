@@ -9,9 +9,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
+from training.config import Experiment, Launch
 
 from training import compare, config
-from training.config import Experiment, Launch
 from training.record import SCHEMA, Record
 
 LAYERS = ("stem/kernel", "classifier/kernel")

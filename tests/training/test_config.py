@@ -2,8 +2,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-
-from models import MODELS
 from training.config import (
     CHOICES,
     GROUPS,
@@ -14,6 +12,8 @@ from training.config import (
     recipe,
     run_folder,
 )
+
+from models import MODELS
 from training.data import DATASETS
 from training.optimizers import METHODS, OPTIMIZERS
 

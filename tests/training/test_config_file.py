@@ -5,9 +5,9 @@ import json
 import re
 
 import pytest
+from training.config import Experiment, Launch, check_resumes, parse
 
 from training import config
-from training.config import Experiment, Launch, check_resumes, parse
 from training.record import SCHEMA
 
 EXPERIMENT = Experiment("cifar10", "vit", "zscore", "sgd", 7, 9, 0.5, 4.5, seed=3, train_size=99)

@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 from rich.console import Console
+from training.config import Experiment
 
 from training import display
-from training.config import Experiment
 from training.display import Display
 from training.record import Record
 

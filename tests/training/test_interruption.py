@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 from jax.sharding import AxisType
+from training.interruption import Request, Requests
 
 from training import interruption
-from training.interruption import Request, Requests
 
 
 @pytest.fixture

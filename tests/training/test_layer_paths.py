@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from training.layers import layer_entries, layer_paths, layer_stds
 
 from models import MODELS, resnet8, vgg_tiny, vit_tiny
 from tests import oracle
 from training import layers
-from training.layers import layer_entries, layer_paths, layer_stds
 
 TINY = {
     "resnet": partial(resnet8, widths=(4, 8), shortcut="projection"),

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from training.config import MAX_STEPS, Experiment, Launch, parse
+from training.program import Program
 
 import reproduce
-from training.config import MAX_STEPS, Experiment, Launch, parse
 from training.data import Dataset
-from training.program import Program
 
 HUGE = 10**400  # no float
 

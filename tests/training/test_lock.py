@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from training.config import Experiment, Launch
+from training.lock import LOCK, InUse, lock
 
 from training import lock as lock_module
 from training.checkpoints import CheckpointError
-from training.config import Experiment, Launch
-from training.lock import LOCK, InUse, lock
 from training.record import RecordError, parse_records, read_records
 from training.run_folder import RunFolder
 

@@ -1,7 +1,6 @@
 """A folder that is moved, removed or replaced while it is in use."""
 
 import pytest
-
 from training.open_folder import OpenFolder
 
 

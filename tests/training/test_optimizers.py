@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from training.config import Experiment
+
 from training.optimizers import METHODS, OPTIMIZERS, graft, learning_rate_schedule, make_optimizer
 
 

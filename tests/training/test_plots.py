@@ -3,9 +3,9 @@
 import matplotlib.figure
 import numpy as np
 import pytest
+from training.config import Experiment
 
 from training import plots
-from training.config import Experiment
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from training.config import Experiment
+from training.program import Program
 
 from models import MODELS, resnet8
 from tests import oracle
 from training import program as program_module
-from training.config import Experiment
 from training.data import Dataset
-from training.program import Program
 
 NUM_TEST = 23
 EXPERIMENT = Experiment(dataset="cifar10", batch_size=16, cutmix_probability=0.5)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from training.config import Experiment
+from training.program import Program, TrainState
 
 from models import MODELS, resnet8
 from tests import oracle
-from training.config import Experiment
 from training.data import Dataset
-from training.program import Program, TrainState
 
 EXPERIMENT = Experiment(batch_size=16, learning_rate=3e-3)
 NUM_TRAIN, NUM_TEST = 70, 23
