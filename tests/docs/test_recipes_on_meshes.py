@@ -26,7 +26,7 @@ LAYOUTS = {
 TX = optax.chain(autoscale(), optax.adamw(1e-2))
 
 
-def make_mesh(axis_type):
+def make_mesh(axis_type=AxisType.Auto):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
 
@@ -58,15 +58,18 @@ def on_one_device():
     return jax.jit(train)(PARAMS, TX.init(PARAMS), X)
 
 
+def assert_close(got, expected):
+    for left, right in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_on_a_mesh(layout, axis_type, on_one_device):
-    mesh, specs = make_mesh(axis_type), LAYOUTS[layout]
+    mesh = make_mesh(axis_type)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS[layout].items()}
     with jax.set_mesh(mesh):
-        params = {
-            name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
-            for name, leaf in PARAMS.items()
-        }
+        params = jax.device_put(PARAMS, shardings)
         x = jax.device_put(X, NamedSharding(mesh, P("data", None)))
         run = jax.jit(partial(train, explicit=axis_type == AxisType.Explicit))
         before = TX.init(params)
@@ -77,61 +80,44 @@ def test_training_on_a_mesh(layout, axis_type, on_one_device):
         compiled = run._cache_size()
         run(again, state, x)
         assert run._cache_size() == compiled
-    (expected, expected_state), expected_losses = on_one_device
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    for got, wanted in zip(
-        *map(jax.tree.leaves, ((trained, after), (expected, expected_state))), strict=True
-    ):
-        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5)
+    assert_close(((trained, after), losses), on_one_device)
     for name, leaf in trained.items():
         assert leaf.sharding.is_equivalent_to(params[name].sharding, leaf.ndim)
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
 
 
-def shard_mapped(fn, **kwargs):
-    mesh = make_mesh(AxisType.Auto)
-    return jax.jit(jax.shard_map(fn, mesh=mesh, **kwargs))
-
-
 def test_fsdp_in_shard_map(on_one_device):
     """Parameters live in shards, are gathered for use, and their gradients come back in shards."""
-    tx = optax.chain(autoscale(axis_name="data"), optax.adamw(1e-2))
-
-    def step(params, state, x):
-        def sharded_loss(shards):
-            gathered = {
-                name: jax.lax.all_gather(leaf, "data", tiled=True) for name, leaf in shards.items()
-            }
-            return jax.lax.pmean(loss_fn(gathered, x), "data")
-
-        loss, grads = jax.value_and_grad(sharded_loss)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
     layout = {name: P("data") for name in PARAMS}
-    state = tx.init(PARAMS)
     state_specs = optax.tree.map_params(
-        tx, lambda _, spec: spec, state, layout, transform_non_params=lambda _: P()
+        TX, lambda _, spec: spec, TX.init(PARAMS), layout, transform_non_params=lambda _: P()
     )
-    run = shard_mapped(
-        step, in_specs=(layout, state_specs, P("data")), out_specs=(layout, state_specs, P())
-    )
-    params, losses = PARAMS, []
-    for _ in range(5):
-        params, state, loss = run(params, state, X)
-        losses.append(loss)
-    (expected, _), expected_losses = on_one_device
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    for name, leaf in params.items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=1e-3, atol=1e-5)
 
+    def trained(tx):
+        def step(params, state, x):
+            def sharded_loss(shards):
+                gather = partial(jax.lax.all_gather, axis_name="data", tiled=True)
+                return jax.lax.pmean(loss_fn(jax.tree.map(gather, shards), x), "data")
 
-def scale_factor(grads):
-    return autoscale().update(grads, autoscale().init(grads))[1].scale_factor
+            updates, state = tx.update(jax.grad(sharded_loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        specs = (layout, state_specs)
+        shard_map = partial(jax.shard_map, mesh=make_mesh(), in_specs=(*specs, P("data")))
+        run, params, state = jax.jit(shard_map(step, out_specs=specs)), PARAMS, tx.init(PARAMS)
+        for _ in range(5):
+            params, state = run(params, state, X)
+        return params
+
+    (expected, _), _ = on_one_device
+    assert_close(trained(optax.chain(autoscale(axis_name="data"), optax.adamw(1e-2))), expected)
 
 
 def test_data_parallelism_in_shard_map():
     """The gradient of a replicated parameter is summed over devices; of a mean loss, averaged."""
+
+    def scale_factor(grads):
+        return autoscale().update(grads, autoscale().init(grads))[1].scale_factor
 
     def mean_of_loss(params, x):
         return scale_factor(jax.grad(lambda p: jax.lax.pmean(loss_fn(p, x), "data"))(params))
@@ -144,10 +130,12 @@ def test_data_parallelism_in_shard_map():
 
     grads = jax.grad(loss_fn)(PARAMS, X)
     right, summed = scale_factor(grads), scale_factor(jax.tree.map(lambda g: 4 * g, grads))
-    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-    tracked = shard_mapped(mean_of_loss, **specs)(PARAMS, X)
-    np.testing.assert_allclose(tracked, right, rtol=1e-4)
-    np.testing.assert_allclose(shard_mapped(local_loss, **specs)(PARAMS, X), summed, rtol=1e-4)
-    untracked = shard_mapped(mean_of_gradients, check_vma=False, **specs)(PARAMS, X)
-    np.testing.assert_allclose(untracked, right, rtol=1e-4)
     assert abs(summed / right - 1) > 0.1
+    for factor, check_vma, expected in (
+        (mean_of_loss, True, right),
+        (local_loss, True, summed),
+        (mean_of_gradients, False, right),
+    ):
+        specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+        run = jax.shard_map(factor, mesh=make_mesh(), check_vma=check_vma, **specs)
+        np.testing.assert_allclose(jax.jit(run)(PARAMS, X), expected, rtol=1e-4)
