@@ -157,22 +157,13 @@ def test_rules_in_linen(boxed):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
-def test_exclude_in_equinox():
-    eqx = pytest.importorskip("equinox")
-
-    class Model(eqx.Module):
-        tokens: Any
-        layers: list[Any]
-
+def test_exclude_in_equinox_and_haiku():
+    eqx, hk = pytest.importorskip("equinox"), pytest.importorskip("haiku")
     keys = jax.random.split(jax.random.key(0))
-    model = Model(eqx.nn.Embedding(9, 4, key=keys[0]), [eqx.nn.Linear(4, 2, key=keys[1])])
-    assert left(model, "tokens") == ["layers/0/weight"]
-    assert left(model, "layers") == ["tokens/weight"]
+    tokens, layer = eqx.nn.Embedding(9, 4, key=keys[0]), eqx.nn.Linear(4, 2, key=keys[1])
+    model = eqx.nn.Sequential([tokens, layer])
+    assert left(model, "layers/0") == ["layers/1/weight"]
     assert left(model, "weight") == []
-
-
-def test_exclude_in_haiku():
-    hk = pytest.importorskip("haiku")
 
     class Model(hk.Module):
         def __call__(self, tokens):
@@ -247,34 +238,25 @@ def test_unused_rows_of_an_embedding_drift_unless_it_is_excluded():
     }
     ratings = 1 + 4 * jax.random.uniform(keys[2], (1000,))
 
-    def train(rule):
+    def loss_fn(params, items):
+        hidden = jax.nn.relu(params["items"]["embedding"][items] @ params["hidden"]["kernel"])
+        return jnp.mean(((hidden @ params["head"]["kernel"])[:, 0] - ratings[items]) ** 2)
+
+    def moved(rule):
         tx = optax.chain(autoscale(layer_axes=rule), optax.adam(1e-3))
 
         def step(carry, key):
             params, state = carry
             items = jax.random.randint(key, (64,), 0, 500)  # the other 500 items never occur
-
-            def loss_fn(params):
-                hidden = jax.nn.relu(
-                    params["items"]["embedding"][items] @ params["hidden"]["kernel"]
-                )
-                return jnp.mean(((hidden @ params["head"]["kernel"])[:, 0] - ratings[items]) ** 2)
-
-            updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
-            return (optax.apply_updates(params, updates), state), loss_fn(params)
+            updates, state = tx.update(jax.grad(loss_fn)(params, items), state, params)
+            return (optax.apply_updates(params, updates), state), None
 
         carry, steps = (start, tx.init(start)), jax.random.split(keys[2], 500)
-        (params, _), losses = jax.jit(lambda: jax.lax.scan(step, carry, steps))()
-        return (params["items"]["embedding"] - start["items"]["embedding"])[500:], losses[
-            -20:
-        ].mean()
+        (params, _), _ = jax.jit(lambda: jax.lax.scan(step, carry, steps))()
+        return (params["items"]["embedding"] - start["items"]["embedding"])[500:]
 
-    moved, loss = train(None)
-    assert 0.3 < abs(moved.mean()) < 0.34
-    assert (jnp.sign(moved) == jnp.sign(moved[0, 0])).all()
-    moved, without = train(exclude("embedding"))
-    assert (moved == 0).all()
-    assert without < 0.1 * loss
+    np.testing.assert_allclose(jnp.abs(moved(None)), 0.32, atol=0.02)
+    np.testing.assert_array_equal(moved(exclude("embedding")), 0)
 
 
 def test_the_step_of_polyak_sgd_becomes_longer_by_the_inverse_factor():
@@ -307,41 +289,23 @@ def test_float16_rounds_small_updates():
     np.testing.assert_allclose((updates["w"] == 0).mean(), 0.28, atol=0.01)
 
 
-def train(tx, steps):
-    """Of a small regression that has its minimum within reach of centered gradients."""
-    target = jax.random.normal(jax.random.key(0), (6, 4))
-    start = {"kernel": jnp.zeros((6, 4)) + target.mean(), "bias": jnp.ones(4)}
+def test_schedule_free_passes_the_gradient_on_and_muon_cancels_the_factor():
+    def after(tx, steps):
+        params, state, update = {"w": X[:4]}, tx.init({"w": X[:4]}), jax.jit(tx.update)
+        for _ in range(steps):
+            updates, state = update({"w": jnp.sin(params["w"]) / 1e4}, state, params)
+            params = optax.apply_updates(params, updates)
+        return params["w"]
 
-    def loss_fn(params):
-        return jnp.mean((params["kernel"] - target) ** 2) + jnp.mean(params["bias"] ** 2)
-
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, state = tx.update(grads, state, params, value=loss)
-        return (optax.apply_updates(params, updates), state), loss
-
-    carry = start, tx.init(start)
-    (params, state), _ = jax.jit(lambda: jax.lax.scan(step, carry, length=steps))()
-    return params, state, loss_fn(params) / loss_fn(start)
-
-
-def test_schedule_free_muon_and_reduce_on_plateau():
     base, free = optax.sgd(0.5), optax.contrib.schedule_free
-    before, state, _ = train(optax.chain(autoscale(), free(base, 0.5)), 60)
-    within, _, _ = train(free(optax.chain(autoscale(), base), 0.5), 60)
-    np.testing.assert_array_equal(before["kernel"], within["kernel"])
-
+    before, within = (
+        optax.chain(autoscale(), free(base, 0.5)),
+        free(optax.chain(autoscale(), base), 0.5),
+    )
+    np.testing.assert_array_equal(after(before, 20), after(within, 20))
     muon = optax.contrib.muon(0.02)
-    scaled, _, _ = train(optax.chain(autoscale(), muon), 1)
-    centered, _, _ = train(optax.chain(center_layers(), muon), 1)
-    np.testing.assert_allclose(scaled["kernel"], centered["kernel"], atol=1e-4)
-    assert train(optax.chain(autoscale(), muon), 60)[2] < 0.5
-
-    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=5, rtol=1e-3)
-    _, state, loss = train(optax.chain(autoscale(), optax.adam(0.5), plateau), 60)
-    assert state[-1].scale < 1
-    assert loss < 0.5
+    first = [after(optax.chain(tx, muon), 1) for tx in (autoscale(), center_layers())]
+    np.testing.assert_allclose(*first, atol=1e-4)
 
 
 def test_measure_effect_inside_multi_steps_keeps_the_numbers_of_the_latest_full_step():
@@ -362,8 +326,8 @@ def test_measure_effect_inside_multi_steps_keeps_the_numbers_of_the_latest_full_
     assert numbers[1] == 1
 
 
-def test_with_dynamic_loss_scaling_the_deviation_is_that_of_float32():
-    DynamicScale = pytest.importorskip("flax.training.dynamic_scale").DynamicScale
+def test_with_the_loss_scale_divided_out_the_deviation_is_that_of_float32():
+    dynamic_scale = pytest.importorskip("flax.training.dynamic_scale")
     x = jax.random.normal(jax.random.key(0), (16, 8)) / 4000
     y = x @ jax.random.normal(jax.random.key(1), (8, 3))
     params = {"kernel": jnp.zeros((8, 3))}
@@ -374,17 +338,10 @@ def test_with_dynamic_loss_scaling_the_deviation_is_that_of_float32():
 
     exact = global_std(jax.grad(loss_fn)(params, jnp.float32))
     assert abs(global_std(jax.grad(loss_fn)(params)) / exact - 1) > 0.05  # underflown
-    tx = optax.apply_if_finite(optax.chain(autoscale(), optax.adam(0.1)), 20)
-    state, scale, skipped = tx.init(params), DynamicScale(scale=2.0**40, growth_interval=50), 0
-    value_and_grad = jax.jit(lambda scale, params: scale.value_and_grad(loss_fn)(params))
-    while True:
-        scale, is_finite, _, grads = value_and_grad(scale, params)
-        _, state = jax.jit(tx.update)(grads, state, params)
-        if is_finite:
-            break
-        skipped += 1
-    assert skipped > 0
-    np.testing.assert_allclose(optax.tree.get(state, "global_std"), exact, rtol=0.01)
+    scale = dynamic_scale.DynamicScale(scale=2.0**15)
+    _, is_finite, _, grads = scale.value_and_grad(loss_fn)(params)
+    assert is_finite
+    np.testing.assert_allclose(global_std(grads), exact, rtol=0.01)
 
 
 def test_a_checkpoint_resumes_and_a_new_state_decides_the_exponent_again(tmp_path):
