@@ -49,7 +49,6 @@ types: $(INSTALLED)
 docs: $(VENV)/.installed-docs
 	rm -rf docs/_build
 	$(BIN)/sphinx-build --fail-on-warning --nitpicky -d docs/_build/doctrees docs docs/_build/html
-	$(BIN)/python docs/check_site.py docs/_build/html
 
 # Compiles for a TPU and a GPU, neither of which has to be here: see benchmarks/README.md.
 accelerators: $(ACCELERATORS)/.installed
