@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -229,12 +229,11 @@ class Program:
         params: Any = optax.apply_updates(state.params, updates)
 
         recorded = self._recorded(loss, grads, opt_state)
-        scale, ratio = (
-            optax.tree.get(opt_state, it, None) for it in ("scale_factor", "norm_ratio")
-        )
+        scale, ratios = recorded["scale_factor"], cast(Any, state.norm_ratios)
+        ratio = optax.tree.get(opt_state, "norm_ratio", None)
         index = state.step % self.steps_per_epoch  # of the step in its epoch
 
-        def of_epoch(total: jax.Array) -> jax.Array:
+        def of_epoch(total: Any) -> jax.Array:
             return jnp.where(index == 0, 0, total)
 
         state = TrainState(
@@ -247,7 +246,7 @@ class Program:
                 lambda total, value: of_epoch(total) + value, state.totals, recorded
             ),
             scale_max=None if scale is None else jnp.maximum(of_epoch(state.scale_max), scale),
-            norm_ratios=None if ratio is None else state.norm_ratios.at[index].set(ratio),
+            norm_ratios=None if ratio is None else ratios.at[index].set(ratio),
         )
         return state, Measured(loss, recorded["global_std"], scale, ratio)
 
