@@ -9,7 +9,8 @@ from datetime import timedelta
 import jax
 import numpy as np
 
-from reproduction.studies import Run, cost
+from reproduction.records import Run
+from reproduction.studies import cost
 from training import data, devices
 from training.config import Experiment
 from training.program import Program

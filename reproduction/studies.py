@@ -5,7 +5,9 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
 
 from models import MODELS
 from training.config import Experiment, experiment_of, option
@@ -13,6 +15,8 @@ from training.data import DATASETS
 from training.optimizers import OPTIMIZERS, method_label
 
 FILE = "study.json"  # the options of a study of one's own
+
+NO_HINT = tyro.conf.arg(help_behavior_hint="")  # of a default that the help describes itself
 
 Kind = Literal["primary", "family", "descriptive", "exploratory"]
 Arms = Mapping[str, Experiment]  # by label, the first run of each
@@ -91,17 +95,17 @@ def describe(experiment: Experiment, name: str) -> str:
 class Axes:
     """Options that take several values; every combination of them is a run."""
 
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...], NO_HINT] = ()
     """Gradient methods (default: none, and --method)."""
-    models: tuple[str, ...] = ()
+    models: Annotated[tuple[str, ...], NO_HINT] = ()
     """Networks (default: --model)."""
-    optimizers: tuple[str, ...] = ()
+    optimizers: Annotated[tuple[str, ...], NO_HINT] = ()
     """Optimizers (default: --optimizer)."""
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: Annotated[tuple[float, ...], NO_HINT] = ()
     """Learning rates (default: --learning-rate; for several --optimizers the default of each)."""
-    weight_decays: tuple[float, ...] = ()
+    weight_decays: Annotated[tuple[float, ...], NO_HINT] = ()
     """Weight decays (default: --weight-decay)."""
-    seeds: int | None = None
+    seeds: Annotated[int | None, NO_HINT] = None
     """Number of seeds, from --seed on (default: 5; of a preset, its own)."""
 
     def resolve(self, experiment: Experiment) -> "Axes":
@@ -198,15 +202,25 @@ def of_runs(name: str, runs: Mapping[Path, Experiment]) -> Study:
     return Study(name, name, tuple(its), "the runs' own", groups, arms, runs=tuple(runs))
 
 
-def save(folder: Path, options: Mapping[str, Any]) -> None:
+class Begun(NamedTuple):
+    """The options of a study of one's own, as its folder keeps them."""
+
+    experiment: Experiment
+    axes: Axes
+    runs: tuple[Path, ...]  # of train.py, in place of a grid
+
+
+def save(folder: Path, begun: Begun) -> None:
     """Writes the options of a study into its folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    experiment, axes, runs = begun
+    options = {"experiment": vars(experiment), "axes": vars(axes), "runs": list(map(str, runs))}
     part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(options, indent=2, default=str) + "\n")
+    part.write_text(json.dumps(options, indent=2) + "\n")
     part.replace(folder / FILE)
 
 
-def load(folder: Path) -> tuple[Experiment, Axes, tuple[Path, ...]] | None:
+def load(folder: Path) -> Begun | None:
     """The options of the study in a folder; None if there is none.
 
     Raises:
@@ -217,33 +231,29 @@ def load(folder: Path) -> tuple[Experiment, Axes, tuple[Path, ...]] | None:
         return None
     try:
         options = json.loads(path.read_text())
-        axes = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in options["axes"].items()
-        }
+        values = options["axes"].items()
+        axes = {name: tuple(each) if isinstance(each, list) else each for name, each in values}
         runs = tuple(map(Path, options["runs"]))
-        return experiment_of(options["experiment"]), Axes(**axes), runs
+        return Begun(experiment_of(options["experiment"]), Axes(**axes), runs)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; put back a copy of it, or give another --name"
         ) from error
 
 
-def extend(
-    name: str, begun: tuple[Experiment, Axes], experiment: Experiment, axes: Axes
-) -> Axes:
+def extend(name: str, begun: Begun, experiment: Experiment, axes: Axes) -> Axes:
     """The axes of a study that was begun, with further values.
 
     Raises:
       ValueError: if another option differs.
     """
     advice = "give the new study another --name"
-    for key, value in dataclasses.asdict(begun[0]).items():
+    for key, value in vars(begun.experiment).items():
         if (given := getattr(experiment, key)) != value:
             raise ValueError(
                 f"{option(key)} is {given}, and the study {name} was begun with {value}; {advice}"
             )
-    old, new = begun[1].resolve(experiment), axes.resolve(experiment)
+    old, new = begun.axes.resolve(experiment), axes.resolve(experiment)
     if bool(old.learning_rates) != bool(new.learning_rates):
         raise ValueError(
             f"the study {name} cannot have both --learning-rates and the default of each "
