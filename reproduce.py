@@ -21,8 +21,8 @@ from rich.markdown import Markdown
 from reproduction import estimate, records, studies
 from reproduction.figures import draw_verdict
 from reproduction.presets import PRESETS
-from reproduction.records import Run
-from reproduction.report import write_report
+from reproduction.records import Run, Table
+from reproduction.report import difference, runs_section, write_report
 from reproduction.studies import NO_HINT, Axes, Begun, Study
 from train import NotFinite, train
 from training import cpu, output
@@ -62,7 +62,7 @@ class What:
     runs: Annotated[tuple[Path, ...], NO_HINT] = ()
     """Folders of runs that train.py made, finished or not: the study --name reports these."""
     results: Path = Path("studies")
-    """Folder with one folder per study; --preset NAME --results results extends what is published."""
+    """Folder with a folder per study; --preset NAME --results results extends what is published."""
     repeat: Annotated[bool, NO_HINT] = False
     """Run the study again on this device, in a folder of its own, to compare devices."""
     hours: Annotated[float | None, NO_HINT] = None
@@ -80,8 +80,8 @@ class Options:
     """Run what is missing from a study of many runs, and write its report."""
 
     study: What = What()
-    axes: Axes = Axes()
-    experiment: Experiment = Experiment()
+    axes: Axes = dataclasses.field(default_factory=Axes)
+    experiment: Experiment = dataclasses.field(default_factory=Experiment)
 
 
 def parse(args: Sequence[str] | None = None) -> Options:
@@ -93,7 +93,7 @@ def parse(args: Sequence[str] | None = None) -> Options:
     args = sys.argv[1:] if args is None else args
 
     def begun(name: str | None = None, results: Path = What.results) -> Path | None:
-        return name and results / name
+        return results / name if name else None
 
     folder, _ = tyro.cli(begun, args=args, return_unknown_args=True, add_help=False)
     usual, _ = tyro.cli(recipe, args=args, return_unknown_args=True, add_help=False)
@@ -125,7 +125,9 @@ def check(options: Options) -> None:
             f"--preset is {what.preset} and --name is {what.name}; give one of the two: a preset's "
             "runs are fixed"
         )
-    if what.name is not None and (not re.fullmatch(r"\w[\w.+-]*", what.name) or what.name in PRESETS):
+    if what.name is not None and (
+        not re.fullmatch(r"\w[\w.+-]*", what.name) or what.name in PRESETS
+    ):
         raise ValueError(
             f"--name is {what.name!r}; it names a folder, and must consist of letters, digits, "
             f"'.', '+', '-' and '_', and not be a preset: {', '.join(PRESETS)}"
@@ -206,16 +208,26 @@ def reproduce(options: Options) -> None:
         if not any(work.folder.glob("*.jsonl")):
             return
     # Again if records were added meanwhile, so that the last of several processes reports all.
-    seen, text, count = None, "", len(study.runs)
+    seen = None
+    runs: Table = None
+    found: Table = None
     while (there := set(folder.rglob("*.jsonl"))) != seen:
         seen = there
-        text, runs = write_report(study, folder)
-        count = int((runs["state"] != "missing").sum())
+        runs, found = write_report(study, folder)
     if study.preset:
         draw_verdict(what.results)
     else:
-        Console(highlight=False).print(Markdown(text))
+        show(study, runs, found)
+    count = int((runs["state"] != "missing").sum())
     print(f"{folder / 'REPORT.md'} holds the report of {count} runs")
+
+
+def show(study: Study, runs: Table, found: Table) -> None:
+    """Prints what a study of one's own found, in short."""
+    if study.runs:
+        Console(highlight=False).print(Markdown(runs_section(runs)))
+    for _, row in found.iterrows():
+        print(f"{row['group']}: {row['label']}: {difference(row)} points, {row['n']} seeds")
 
 
 class Work(NamedTuple):

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from optax_autoscale import measure_effect
 from reproduction.figures import COLORS, common_legend, figure_of
-from reproduction.records import replacing
+from reproduction.records import Table, replacing
 from reproduction.report import listed, markdown, short
 from training import cpu, data, devices
 from training.config import Experiment, recipe
@@ -73,9 +73,9 @@ class Trajectory(NamedTuple):
     description: dict[str, Any]
     global_std: np.ndarray  # of the raw gradients, s_t of the paper; shape=(steps,)
     # By step, a column for each method:
-    scale_factor: pd.DataFrame  # a_t, of the methods that have one
-    norm_ratio: pd.DataFrame  # of the method's update and AdamW's
-    cosine: pd.DataFrame
+    scale_factor: Table  # a_t, of the methods that have one
+    norm_ratio: Table  # of the method's update and AdamW's
+    cosine: Table
 
 
 def main() -> None:
@@ -258,19 +258,22 @@ def report(runs: Sequence[Trajectory]) -> str:
     """The report's text; the comments in it mark the parts that the guide includes."""
     rows = []
     for name in (*COMPARED, *OTHERS):
-        unexplained = [100 * (1 - run.cosine[name] ** 2) for run in runs]
-        rows.append(
-            [
-                label(name),
-                over_seeds([run.norm_ratio[name] for run in runs]),
-                over_seeds([run.cosine[name] for run in runs]),
-                over_seeds(unexplained, digits=1),
-            ]
-        )
+        numbers = {
+            "norm ratio": over_seeds([run.norm_ratio[name] for run in runs]),
+            "cosine": over_seeds([run.cosine[name] for run in runs]),
+            "unexplained, %": over_seeds(
+                [100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1
+            ),
+        }
+        rows.append({"followed by AdamW": label(name)} | numbers)
         if name == "scaling":
-            forms = over_seeds([expected(run) for run in runs])
-            rows.append(["*the same in closed form*", forms, "*1*", "*0*"])
-    header = ["followed by AdamW", "norm ratio", "cosine", "unexplained, %"]
+            form = (
+                "*the same in closed form*",
+                over_seeds(list(map(expected, runs))),
+                "*1*",
+                "*0*",
+            )
+            rows.append(dict(zip(rows[-1], form, strict=True)))
     first, seeds = runs[0].description, len(runs)
     steps = first["steps"]
     start, end = (
@@ -288,7 +291,7 @@ gradients of that run. For comparison, AdamW on a second, independent batch at t
 
 <!-- table -->
 
-{markdown(header, rows)}
+{markdown(rows)}
 
 Medians over the steps after step {BURN_IN}: the median of the {seeds} seeds, and in brackets the \
 smallest and the largest. *Unexplained* is the share of the squared step that no learning rate of \

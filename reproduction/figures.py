@@ -2,22 +2,22 @@
 
 import contextlib
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reproduction.presets import PAPER_ACCURACY, PRESETS
-from reproduction.records import by_epoch, replacing, table
+from reproduction.records import Table, by_epoch, replacing, table
 from reproduction.statistics import MARGIN, differences
 from reproduction.studies import Study, describe
-from training.optimizers import METHODS, method_label
+from training.optimizers import method_label
 from training.plots import STYLE, plot_layers
 
 SEEDS = "; lines are means over seeds, bands their standard deviation."
@@ -44,116 +44,79 @@ EFFECTS = (
 )
 
 Look = tuple[str, Any]  # color, and line as Matplotlib has it
+Groups = Sequence[tuple[Any, Table]]  # title and runs
 
 
-class Picture(NamedTuple):
-    """A drawn figure, for the report."""
-
-    name: str  # of its files
-    title: str
-    caption: str  # after the title
-
-    def __str__(self) -> str:
-        return f"![{self.title}]({self.name}.png)\n\n*{self.title}{self.caption}*"
-
-
-def draw(
-    study: Study, runs: pd.DataFrame, found: pd.DataFrame, folder: Path
-) -> list[Picture]:
+def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
     """Draws all figures for which there are records, each as PNG and SVG.
 
     Args:
       study: the study.
-      runs: its table of runs.
+      runs: the table of those of its runs that exist.
       found: its differences.
       folder: where the files are written.
+
+    Returns:
+      The figures with their captions, in Markdown.
     """
-    shown = runs[runs["records"].map(len) > 0]
-    groups = list(shown.groupby("group", sort=False))
-    looks = looks_of(shown)
-    traced = [
-        (title, ours)
-        for title, each in groups
-        if len(ours := each[(each["method"] == "autoscale") & (each["state"] == "finished")])
-    ]
-    if any((ours["dataset"] == "cifar10").any() for _, ours in traced):  # as in the paper
-        traced = [each for each in traced if (each[1]["dataset"] == "cifar10").any()]
-    compared = [(title, each) for title, each in groups if each["arm"].nunique() > 1]
-    affected = [(title, each) for title, each in groups if len(affecting(each))]
+    runs = runs[runs["records"].map(len) > 0]
+    looks = looks_of(runs)
+    runs = runs.assign(look=runs["arm"].map(looks))
+    done = runs[runs["state"] == "finished"]
+    traced = done[(done["method"] == "autoscale") & study.preset]
+    if (traced["dataset"] == "cifar10").any():  # as in the paper
+        traced = traced[traced["dataset"] == "cifar10"]
+    compared = done[done.groupby("group")["arm"].transform("nunique") > 1]
     known = found[found["value"].notna()] if len(found) else found
-
-    def columns(count: int) -> float:
-        return 1 + 3.2 * max(count, 1.5)
-
-    drawn: list[Picture] = []
-
-    def add(name: str, title: str, caption: str, size: tuple[float, float], paint: Any) -> None:
-        with figure_of(folder / name, size) as figure:
-            paint(figure)
-        drawn.append(Picture(name, title, caption))
-
-    if len(known):
-        heights = 0.5 + 0.24 * len(known) + 0.35 * known["group"].nunique()
-        add(
-            "differences",
-            "Differences in test accuracy",
-            ", with 95% intervals; dots are the seeds. Between the dotted lines, differences are "
-            f"within {MARGIN:g} point.",
-            (7, heights),
-            lambda figure: forests(figure, known),
-        )
-    for name in ("learning_rate", "weight_decay"):
-        if panels := varied(shown, name):
-            words = name.replace("_", " ")
-            add(
-                name,
-                f"Test accuracy against the {words}",
-                "; lines are means over seeds, dots the seeds.",
-                (columns(len(panels)), 3),
-                lambda figure, name=name, panels=panels: against(figure, panels, name),
-            )
-    if not study.preset:
-        rows = 0.6 + 2.4 * len(groups)
-        add("curves", "Training", SEEDS, (14, rows), lambda figure: curves(figure, groups, looks))
-    if study.preset and traced:
-        add(
-            "figure1",
+    dots = "; lines are means over seeds, dots the seeds."
+    pictures: list[tuple[str, Groups, Callable[[Figure, Groups], None], str, str]] = [
+        (
+            *("differences", groups(known), forests, "Differences in test accuracy"),
+            f", with 95% intervals; dots are the seeds, the band is {MARGIN:g} point on each side.",
+        ),
+        *(
+            (name, varied(done, name), partial(against, name=name), title, dots)
+            for name in ("learning_rate", "weight_decay")
+            for title in [f"Test accuracy against the {name.replace('_', ' ')}"]
+        ),
+        ("curves", groups(runs) if not study.preset else [], curves, "The runs by epoch", SEEDS),
+        (
+            *("figure1", groups(traced), layers),
             "Standard deviation of each layer's gradient under Autoscale",
             ", from the first layer (dark) to the last (bright); means over seeds.",
-            (columns(len(traced)), 3),
-            lambda figure: layers(figure, traced),
-        )
-        add(
-            "figure2",
+        ),
+        (
+            *("figure2", groups(traced), dynamics),
             "Global standard deviation of the gradients under Autoscale, and its factor",
             SEEDS,
-            (columns(len(traced)), 5.4),
-            lambda figure: dynamics(figure, traced),
-        )
-        add(
-            "figure3",
-            "Factor with p = 2 and with p = 1",
+        ),
+        (
+            *("figure3", groups(traced), exponents, "Factor with p = 2 and with p = 1"),
             ", of the standard deviations measured under Autoscale" + SEEDS,
-            (columns(len(traced)), 3),
-            lambda figure: exponents(figure, traced),
-        )
-    if study.preset and compared:
-        add(
-            "figure4",
+        ),
+        (
+            *("figure4", groups(compared) if study.preset else [], gains),
             "Test accuracy by epoch, minus the plain optimizer's",
-            SEEDS.replace("bands", "taken within each, bands"),
-            (columns(len(compared)), 3),
-            lambda figure: gains(figure, compared, looks),
-        )
-    if affected:
-        add(
-            "effect",
+            SEEDS,
+        ),
+        (
+            *("effect", [each for each in groups(done) if affecting(each[1])], effects),
             "Norm of the update relative to the plain optimizer's, in the first epoch",
             "; means over seeds. The other methods are in the table.",
-            (columns(len(affected)), 3),
-            lambda figure: effects(figure, affected, looks),
-        )
-    return drawn
+        ),
+    ]
+    shown = []
+    for name, there, paint, title, caption in pictures:
+        if there:
+            with figure_of(folder / name, (1 + 3.2 * max(len(there), 1.5), 3)) as figure:
+                paint(figure, there)
+            shown.append(f"![{title}]({name}.png)\n\n*{title}{caption}*")
+    return shown
+
+
+def groups(rows: Table) -> Groups:
+    """The groups of a table, by title."""
+    return list(rows.groupby("group", sort=False)) if len(rows) else []
 
 
 @contextlib.contextmanager
@@ -168,7 +131,7 @@ def figure_of(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
             figure.savefig(part, format="svg", metadata={"Date": None})
 
 
-def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
+def looks_of(runs: Table) -> dict[str, Look]:
     """A color for the method of each arm, and a line; no two arms have the same."""
     looks: dict[str, Look] = {}
     for arm, method in zip(runs["arm"], runs["method"], strict=True):
@@ -178,9 +141,6 @@ def looks_of(runs: pd.DataFrame) -> dict[str, Look]:
             free = [line for line in lines if (color, line) not in looks.values()]
             looks[arm] = color, (free or lines)[0]
     return looks
-
-
-Groups = Sequence[tuple[Any, pd.DataFrame]]  # title and runs
 
 
 def layers(figure: Figure, groups: Groups) -> None:
@@ -199,6 +159,7 @@ def layers(figure: Figure, groups: Groups) -> None:
 
 def dynamics(figure: Figure, groups: Groups) -> None:
     """Figure 2: the global standard deviation, and below it the factor, by epoch."""
+    figure.set_figheight(5.4)
     grid = figure.subplots(2, len(groups), squeeze=False, sharex="col")
     for (above, below), (title, runs) in zip(grid.T, groups, strict=True):
         band(above, by_epoch(runs, "global_std"), (COLORS["autoscale"], "-"))
@@ -213,7 +174,10 @@ def exponents(figure: Figure, groups: Groups) -> None:
     """Figure 3: the factor with p = 2 and with p = 1, on the same network."""
     all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, runs) in zip(all_axes, groups, strict=True):
-        for exponent, look in ((2, (COLORS["autoscale"], "-")), (1, (COLORS["gradient_centralization"], "--"))):
+        for exponent, look in (
+            (2, (COLORS["autoscale"], "-")),
+            (1, (COLORS["gradient_centralization"], "--")),
+        ):
             factors = (4 / np.log(by_epoch(runs, "global_std")).abs()) ** exponent
             band(axes, factors, look, f"p = {exponent}")
         finish(axes, title)
@@ -222,29 +186,28 @@ def exponents(figure: Figure, groups: Groups) -> None:
     common_legend(figure, all_axes)
 
 
-def gains(figure: Figure, groups: Groups, looks: Mapping[str, Look]) -> None:
+def gains(figure: Figure, groups: Groups) -> None:
     """Figure 4: the test accuracy by epoch, as the difference from the plain optimizer."""
     all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, runs) in zip(all_axes, groups, strict=True):
-        finished = runs[runs["state"] == "finished"]
-        accuracy = {arm: by_epoch(each, "test_accuracy") for arm, each in finished.groupby("arm")}
-        first = plain_arm(finished)
+        first = plain_arm(runs)
+        plain = by_epoch(runs[runs["arm"] == first], "test_accuracy")
         axes.axhline(0, color="black", linewidth=0.8)
-        for arm in dict.fromkeys(finished["arm"]):
-            if arm != first:
-                band(axes, 100 * (accuracy[arm] - accuracy[first]).dropna(), looks[arm], arm)
+        for arm, each in runs[runs["arm"] != first].groupby("arm", sort=False):
+            difference = 100 * (by_epoch(each, "test_accuracy") - plain).dropna()
+            band(axes, difference, each["look"].iloc[0], str(arm))
         finish(axes, title)
     all_axes[0].set_ylabel("test accuracy minus plain, points")
     common_legend(figure, all_axes)
 
 
-def plain_arm(runs: pd.DataFrame) -> str:
+def plain_arm(runs: Table) -> str:
     """The arm that the others are compared with."""
     plain = runs[runs["method"] == "none"]
     return (plain if len(plain) else runs)["arm"].iloc[0]
 
 
-def curves(figure: Figure, groups: Groups, looks: Mapping[str, Look]) -> None:
+def curves(figure: Figure, groups: Groups) -> None:
     """What was recorded by epoch: a row for each group, a column for each quantity."""
     names = {
         "test_accuracy": "test accuracy, %",
@@ -258,36 +221,42 @@ def curves(figure: Figure, groups: Groups, looks: Mapping[str, Look]) -> None:
         for name in names
         if any(by_epoch(runs, name).notna().to_numpy().any() for _, runs in groups)
     ]
+    figure.set_size_inches(1 + 3.2 * len(there), 0.6 + 2.4 * len(groups))
     grid = figure.subplots(len(groups), len(there), squeeze=False)
     for row, (title, runs) in zip(grid, groups, strict=True):
         for axes, name in zip(row, there, strict=True):
             for arm, each in runs.groupby("arm", sort=False):
                 values = by_epoch(each, name).dropna(how="all")
                 if len(values):
-                    band(axes, values * (100 if "accuracy" in name else 1), looks[str(arm)], str(arm))
+                    band(
+                        axes,
+                        values * (100 if "accuracy" in name else 1),
+                        each["look"].iloc[0],
+                        str(arm),
+                    )
             finish(axes, "", yscale="log" if name == "global_std" else "linear")
             axes.set_ylabel(names[name])
         row[0].set_title(title, loc="left")
     common_legend(figure, list(grid.flat))
 
 
-def varied(runs: pd.DataFrame, name: str) -> list[tuple[str, pd.DataFrame]]:
-    """The finished runs among which an option has several values, by title."""
-    others = {"learning_rate", "weight_decay"} - {name}
-    finished = runs[runs["state"] == "finished"]
+def varied(runs: Table, name: str) -> Groups:
+    """The runs among which an option has several values, by title."""
+    other = "weight_decay" if name == "learning_rate" else "learning_rate"
     panels = []
-    keys = ["dataset", "optimizer", "model", "repeat", "epochs"]
-    for _, each in finished.groupby(keys, sort=False):
-        parts = [("", each)] if name == "weight_decay" else list(each.groupby(list(others)))
-        for _, part in parts:
-            if part[name].nunique() > 1:
-                it = part["experiment"].iloc[0]
-                title = f"{describe(it, 'model')} on {describe(it, 'dataset')}, "
-                panels.append((title + describe(it, "optimizer"), part))
+    for (repeat, *_), each in runs.groupby(
+        ["repeat", "dataset", "optimizer", "model", "epochs", other], sort=False
+    ):
+        if each[name].nunique() > 1:
+            it = each["experiment"].iloc[0]
+            words = [describe(it, key) for key in ("dataset", "optimizer", other)]
+            panels.append(
+                (", ".join([describe(it, "model"), *words, *[repeat] * bool(repeat)]), each)
+            )
     return panels
 
 
-def against(figure: Figure, panels: Sequence[tuple[str, pd.DataFrame]], name: str) -> None:
+def against(figure: Figure, panels: Groups, name: str) -> None:
     """The accuracy against an option, a line for each method, the seeds as dots."""
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, runs) in zip(all_axes, panels, strict=True):
@@ -296,7 +265,7 @@ def against(figure: Figure, panels: Sequence[tuple[str, pd.DataFrame]], name: st
             means = each.groupby(name)["accuracy"].mean()
             text = method_label(str(method), each["optimizer"].iloc[0])
             line = "--" if method == "autoscale_p1" else "-"
-            axes.plot(means.index, means, line, color=color, label=text, linewidth=1.5)
+            axes.plot(means, line, marker="_", color=color, label=text, linewidth=1.5)
             axes.plot(each[name], each["accuracy"], "o", color=color, markersize=3, alpha=0.6)
         ticks = sorted(set(runs[name]))
         smallest = min(tick for tick in ticks if tick > 0)
@@ -308,7 +277,7 @@ def against(figure: Figure, panels: Sequence[tuple[str, pd.DataFrame]], name: st
     common_legend(figure, all_axes)
 
 
-def affecting(runs: pd.DataFrame) -> list[str]:
+def affecting(runs: Table) -> list[str]:
     """The arms whose effect is drawn, with its first epoch recorded by step."""
     measured = [
         (EFFECTS.index(method), arm)
@@ -318,7 +287,7 @@ def affecting(runs: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(arm for _, arm in sorted(measured)))[:4]
 
 
-def effects(figure: Figure, groups: Groups, looks: Mapping[str, Look]) -> None:
+def effects(figure: Figure, groups: Groups) -> None:
     """The ratio of norms by step of the first epoch, and method."""
     all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, runs) in zip(all_axes, groups, strict=True):
@@ -326,7 +295,7 @@ def effects(figure: Figure, groups: Groups, looks: Mapping[str, Look]) -> None:
         for arm in affecting(runs):
             there = runs[(runs["arm"] == arm) & (runs["state"] == "finished")]
             ratios = [records[0]["update_norm_ratio_by_step"] for records in there["records"]]
-            mean, (color, line) = np.mean(ratios, axis=0), looks[arm]
+            mean, (color, line) = np.mean(ratios, axis=0), there["look"].iloc[0]
             steps = np.arange(1, len(mean) + 1)
             axes.plot(steps, mean, linestyle=line, color=color, label=arm, linewidth=1.2)
         finish(axes, title, xlabel="step")
@@ -334,10 +303,10 @@ def effects(figure: Figure, groups: Groups, looks: Mapping[str, Look]) -> None:
     common_legend(figure, all_axes)
 
 
-def forests(figure: Figure, found: pd.DataFrame) -> None:
+def forests(figure: Figure, groups: Groups) -> None:
     """The differences of each group, one below the other."""
-    groups = list(found.groupby("group", sort=False))
-    heights = [len(rows) + 1.2 for _, rows in groups]
+    heights = [len(rows) + 1.4 for _, rows in groups]
+    figure.set_size_inches(7, 0.5 + 0.24 * sum(heights))
     grid = figure.subplots(
         len(groups), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
     )
@@ -347,11 +316,10 @@ def forests(figure: Figure, found: pd.DataFrame) -> None:
     grid[-1, 0].set_xlabel("points of test accuracy")
 
 
-def forest(axes: Axes, rows: pd.DataFrame, labels: Sequence[str]) -> None:
+def forest(axes: Axes, rows: Table, labels: Sequence[str]) -> None:
     """Differences with their intervals and seeds."""
     axes.axvline(0, color="black", linewidth=0.8)
-    for edge in (-MARGIN, MARGIN):
-        axes.axvline(edge, color="black", linewidth=0.6, linestyle=":")
+    axes.axvspan(-MARGIN, MARGIN, color="black", alpha=0.07, linewidth=0)
     for place, (_, row) in enumerate(rows.iterrows()):
         # Without the last digits, which the version of NumPy or SciPy may change.
         value, low, high = (round(row[key], 6) for key in ("value", "low", "high"))
@@ -367,7 +335,7 @@ def forest(axes: Axes, rows: pd.DataFrame, labels: Sequence[str]) -> None:
 
 
 def draw_verdict(results: Path) -> None:
-    """Draws `verdict.png`: Autoscale on CIFAR-100 and, below it, on digits; if both have records."""
+    """Draws `verdict.png`, if there are records: Autoscale on CIFAR-100, and below it on digits."""
     found = {}
     for name in ("cifar100", "digits"):
         study, runs = PRESETS[name], table(PRESETS[name], results / name)
@@ -382,8 +350,6 @@ def draw_verdict(results: Path) -> None:
         above, below = figure.subplots(
             2, 1, sharex=True, gridspec_kw={"height_ratios": [len(rows) + 1 for rows in ours]}
         )
-        for axes, rows in zip((above, below), ours, strict=True):
-            axes.axvspan(-MARGIN, MARGIN, color="black", alpha=0.07, linewidth=0)
         names = ours[0]["label"].str.removeprefix("Autoscale ") + [
             f" ({n} seeds)" for n in ours[0]["n"]
         ]
@@ -419,14 +385,12 @@ def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
         drawn.remove()
 
 
-def band(axes: Axes, values: pd.DataFrame, look: Look, name: str = "") -> None:
+def band(axes: Axes, values: Table, look: Look, name: str = "") -> None:
     """Draws the mean over the rows by column, and the standard deviation around it."""
     (color, line), mean, std = look, values.mean(), values.std().fillna(0)
     marker = "o" if len(mean) == 1 else ""
     axes.plot(mean, linestyle=line, marker=marker, color=color, label=name, linewidth=1.5)
-    axes.fill_between(
-        mean.index, mean - std, mean + std, color=color, alpha=0.08, linewidth=0
-    )
+    axes.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.08, linewidth=0)
 
 
 def finish(axes: Axes, title: str, *, yscale: Any = "linear", xlabel: str = "epoch") -> None:

@@ -7,31 +7,13 @@ from reproduction.studies import Arms, Axes, Family, Study, grid
 from training.config import Experiment, recipe
 
 # The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
+PAPER_METHODS = ("none", "gradient_normalization", "gradient_centralization", "zscore", "autoscale")
 PAPER_ACCURACY = {
-    "resnet20": {
-        "none": 59.32,
-        "gradient_normalization": 59.58,
-        "gradient_centralization": 60.72,
-        "zscore": 59.53,
-        "autoscale": 61.34,
-    },
-    "resnet56": {
-        "none": 70.01,
-        "gradient_normalization": 70.50,
-        "gradient_centralization": 69.73,
-        "zscore": 68.58,
-        "autoscale": 71.29,
-    },
-    "vgg16_bn": {
-        "none": 74.54,
-        "gradient_normalization": 74.18,
-        "gradient_centralization": 73.82,
-        "zscore": 73.91,
-        "autoscale": 74.54,
-    },
+    "resnet20": dict(zip(PAPER_METHODS, (59.32, 59.58, 60.72, 59.53, 61.34), strict=True)),
+    "resnet56": dict(zip(PAPER_METHODS, (70.01, 70.50, 69.73, 68.58, 71.29), strict=True)),
+    "vgg16_bn": dict(zip(PAPER_METHODS, (74.54, 74.18, 73.82, 73.91, 74.54), strict=True)),
 }
 PAPER_MODELS = tuple(PAPER_ACCURACY)
-PAPER_METHODS = tuple(PAPER_ACCURACY["resnet20"])
 BASELINES = PAPER_METHODS[1:-1]
 
 PARTS = (
@@ -148,7 +130,9 @@ def cifar100(arms: Arms) -> list[Family]:
     others = [label[method] for method in BASELINES]
     described = [*(minus(arm, plain) for arm in others), *(minus(ours, arm) for arm in others)]
     return [
-        Family("A, primary: Autoscale before AdamW", "primary", [minus(ours, plain)], (plain, ours)),
+        Family(
+            "A, primary: Autoscale before AdamW", "primary", [minus(ours, plain)], (plain, ours)
+        ),
         Family(
             "B: which half acts, before AdamW",
             "family",
@@ -166,7 +150,9 @@ def runs(
     return grid(experiment, Axes(tuple(methods), tuple(models), seeds=seeds))
 
 
-def preset(name: str, title: str, scale: str, *grids: Sequence[Experiment], **more: object) -> Study:
+def preset(
+    name: str, title: str, scale: str, *grids: Sequence[Experiment], **more: object
+) -> Study:
     """A study of several grids, each of which is finished before the next one begins."""
     experiments = tuple(experiment for each in grids for experiment in each)
     options: dict = {"families": table1, "preset": True} | more

@@ -8,7 +8,7 @@ import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from training import config
 from training.config import Experiment, experiment_of, option, recipe
 from training.optimizers import METHODS, OPTIMIZERS
 from training.record import SCHEMA, Record, RecordError, parse_records, read_records
+
+# A data frame of pandas, or a row of one, whose contents no type checker knows.
+Table: TypeAlias = Any
 
 # The first line of a record file.
 DESCRIPTION = (
@@ -166,7 +169,7 @@ def check_same(experiment: Experiment, run: Run, path: Path) -> None:
         )
 
 
-def table(study: Study, folder: Path) -> pd.DataFrame:
+def table(study: Study, folder: Path) -> Table:
     """The runs of a study that were planned, and those that exist: a row for each.
 
     Records lie in the study's folder. Those of a repetition on another device lie in a folder of
@@ -223,7 +226,7 @@ def table(study: Study, folder: Path) -> pd.DataFrame:
         start = (row["repeat"], row["dataset"], optimizer, model, *more)
         return (*start, method, arms.index(row["arm"]), row["seed"])
 
-    runs = pd.DataFrame(sorted(rows, key=place))
+    runs: Table = pd.DataFrame(sorted(rows, key=place))
     if runs["repeat"].nunique() > 1:
         for _, there in runs.groupby("repeat"):
             devices = sorted(there["device"].dropna().unique())
@@ -262,8 +265,8 @@ def _row(
     }
 
 
-def by_epoch(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """A recorded number: a row for each run, a column for each epoch from 1; NaN where it is not."""
+def by_epoch(runs: Table, name: str) -> Table:
+    """A recorded number: a row for each run, a column for each epoch from 1."""
     rows = [[record[name] for record in records] for records in runs["records"]]
     values = pd.DataFrame(rows, index=runs["seed"], dtype=float)
     return values.rename(columns=lambda epoch: epoch + 1)

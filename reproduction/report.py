@@ -1,16 +1,15 @@
 """The report of a study: its tables and captions, from the records alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from reproduction import figures
 from reproduction.presets import PAPER_ACCURACY
-from reproduction.records import by_epoch, replacing, table
+from reproduction.records import Table, by_epoch, replacing, table
 from reproduction.statistics import ALPHA, MARGIN, POWER, TESTED, differences, mean_interval
 from reproduction.studies import Study
 from training.data import DATASETS
@@ -19,7 +18,7 @@ from training.optimizers import OPTIMIZERS
 TEST_IMAGES = {"digits": 360, "cifar10": 10_000, "cifar100": 10_000}
 
 
-def write_report(study: Study, folder: Path) -> tuple[str, pd.DataFrame]:
+def write_report(study: Study, folder: Path) -> tuple[Table, Table]:
     """Writes `REPORT.md` and the figures of the runs in a study's folder.
 
     The text depends only on the records, the figures also on the version of Matplotlib.
@@ -29,40 +28,33 @@ def write_report(study: Study, folder: Path) -> tuple[str, pd.DataFrame]:
       folder: contains its records; the report is written there too.
 
     Returns:
-      The text without its figures, and the table of runs.
+      The tables of its runs, and of its differences.
 
     Raises:
       ValueError: if there is no record in the folder, or a file that is not a record.
     """
     runs = table(study, folder)
-    if (runs["state"] == "missing").all():
+    shown, found = runs[runs["state"] != "missing"], differences(study, runs)
+    if not len(shown):
         raise ValueError(f"{folder} holds no records; make them without --report")
-    found = differences(study, runs)
-    shown = runs[runs["state"] != "missing"]
     sections = {
         f"# {study.title}": summary(study, runs, folder),
         "## The plan": study.plan,
         "## Runs": runs_section(shown) if study.runs else "",
-        "## Test accuracy after the last epoch": accuracy_section(shown),
-        "## Differences": difference_section(study, found),
+        "## Test accuracy after the last epoch": accuracy_section(study, shown),
+        "## Differences": difference_section(study, found) if len(found) else "",
         "## What each method did to the plain optimizer's steps": effect_section(shown),
-        "## Time per step": time_section(shown),
-        "## Exponents": exponent_section(shown),
+        "## Figures": "\n\n".join(
+            [f"All at the same scale: {study.scale}.", *figures.draw(study, shown, found, folder)]
+        ),
     }
-    text = together(sections)
-    pictures = figures.draw(study, runs, found, folder)
-    scale = f"All at the same scale: {study.scale}."
-    drawn = together({"## Figures": "\n\n".join([scale, *map(str, pictures)]) if pictures else ""})
+    text = "\n\n".join(f"{title}\n\n{section}" for title, section in sections.items() if section)
     with replacing(folder / "REPORT.md") as part:
-        part.write_text("\n\n".join(filter(None, [text, drawn])) + "\n")
-    return text, runs
+        part.write_text(text + "\n")
+    return runs, found
 
 
-def together(sections: dict[str, str]) -> str:
-    return "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items() if text)
-
-
-def summary(study: Study, runs: pd.DataFrame, folder: Path) -> str:
+def summary(study: Study, runs: Table, folder: Path) -> str:
     """What was run, how much of it, and on which devices."""
     there = runs[runs["state"] != "missing"]
     recipes = {
@@ -76,14 +68,22 @@ def summary(study: Study, runs: pd.DataFrame, folder: Path) -> str:
         made = each[each["state"] != "missing"]
         devices = zip(made["device_count"], made["device"], strict=True)
         hours = sum(record["seconds"] for records in made["records"] for record in records) / 3600
-        row = [listed(f"{number:g} x {device}" for number, device in devices)]
-        row += [str(int(made["planned"].sum())), str(int(each["planned"].sum())), f"{hours:.1f}"]
-        for package in ("python", "jax", "flax", "optax"):
-            row.append(listed(versions[package] for versions in made["versions"]))
-        rows.append([*row, listed(map(short, made["commit"]))])
+        packages = {"python": "Python", "jax": "jax", "flax": "flax", "optax": "optax"}
+        rows.append(
+            {
+                "device": listed(f"{number:g} x {device}" for number, device in devices),
+                "runs": f"{made['planned'].sum()}",
+                "planned": f"{each['planned'].sum()}",
+                "hours": f"{hours:.1f}",
+                **{
+                    title: listed(versions[package] for versions in made["versions"])
+                    for package, title in packages.items()
+                },
+                "commit": listed(map(short, made["commit"])),
+            }
+        )
         if more := int((~made["planned"]).sum()):
             recipes.add(f"{count(more, 'run')} beyond the plan: shown, not compared.")
-    header = ["device", "runs", "planned", "hours", "Python", "jax", "flax", "optax", "commit"]
     options = f"--preset {study.name}" if study.preset else f"--name {study.name}"
     if study.preset and folder.parent.name == "results":
         options += " --results results"
@@ -96,13 +96,13 @@ def summary(study: Study, runs: pd.DataFrame, folder: Path) -> str:
         [
             f"Scale: {study.scale}.",
             "\n".join(f"- {line}" for line in sorted(recipes)),
-            markdown(header, rows),
+            markdown(rows),
             "\n".join(["```sh", *commands, "```"]),
         ]
     )
 
 
-def runs_section(runs: pd.DataFrame) -> str:
+def runs_section(runs: Table) -> str:
     """Where each run is after its last epoch."""
     columns = {
         "train loss": ("train_loss", ".4f"),
@@ -116,12 +116,15 @@ def runs_section(runs: pd.DataFrame) -> str:
     rows = []
     for _, run in runs.iterrows():
         last = run["records"][-1]
-        numbers = ["-" if last[key] is None else f"{last[key]:{form}}" for key, form in columns.values()]
-        rows.append([run["arm"], f"{run['seed']}", f"{last['epoch']} of {run['epochs']}", *numbers])
-    return markdown(["run", "seed", "epoch", *columns], rows)
+        row = {"run": run["arm"], "seed": f"{run['seed']}"}
+        row["epoch"] = f"{last['epoch']} of {run['epochs']}"
+        for title, (key, form) in columns.items():
+            row[title] = "-" if last[key] is None else f"{last[key]:{form}}"
+        rows.append(row)
+    return markdown(rows)
 
 
-def accuracy_section(runs: pd.DataFrame) -> str:
+def accuracy_section(study: Study, runs: Table) -> str:
     """The accuracies of each arm, beside the paper's where there are any."""
     images = {
         f"{DATASETS[name].label} has {TEST_IMAGES[name]:,} test images, "
@@ -130,38 +133,58 @@ def accuracy_section(runs: pd.DataFrame) -> str:
     }
     intro = (
         "In %: mean ± standard deviation over the runs that finished, their number, 95% interval "
-        "of the mean. Descriptive: the test loss, and the mean accuracy of the last three epochs."
+        "of the mean. Descriptive: the test loss, the mean accuracy of the last three epochs, the "
+        "exponents $p_t$ of the seeds in order, and the median time of a step in milliseconds "
+        "where no effect was measured, which takes time itself."
     )
     parts = [" ".join([intro, *sorted(images)])]
     for title, each in runs.groupby("group", sort=False):
         it = each["experiment"].iloc[0]
         papers = PAPER_ACCURACY.get(it.model, {}) if it.optimizer == "adamw" else {}
-        if it.dataset == "cifar10" or set(each["method"]) - set(papers):
+        if it.dataset == "cifar10" or set(each["method"]) - set(papers) or not study.preset:
             papers = {}
-        rows = []
-        for arm, there in each.groupby("arm", sort=False):
-            done = there[there["state"] == "finished"]
-            accuracy, loss = done["accuracy"], by_epoch(done, "test_loss")
-            last = 100 * by_epoch(done, "test_accuracy").iloc[:, -3:].mean(axis=1)
-            row = [str(arm), spread(accuracy), f"{len(done)}", between(*mean_interval(accuracy))]
-            row += [spread(loss.iloc[:, -1] if len(done) else [], 3), spread(last)]
-            rows.append(row + ([f"{papers[there['method'].iloc[0]]:.2f}"] if papers else []))
-        header = ["method", "accuracy", "n", "95% interval", "test loss", "last three epochs"]
-        header += ["paper, CIFAR-100"] if papers else []
-        parts.append(f"**{title}**\n\n{markdown(header, rows)}")
+        rows = [
+            arm_row(str(arm), there)
+            | ({"paper, CIFAR-100": f"{papers[method]:.2f}"} if papers else {})
+            for (arm, method), there in each.groupby(["arm", "method"], sort=False)
+        ]
+        parts.append(f"**{title}**\n\n{markdown(rows)}")
     if len(diverged := runs[runs["state"] == "diverged"]):
         parts += ["Diverged, and not in these means:"]
         parts += [
-            f"- {run['group']}, {run['arm']}, seed {run['seed']}: {run['diverged'].partition(';')[0]}"
+            f"- {run['group']}, {run['arm']}, seed {run['seed']}: "
+            f"{run['diverged'].partition(';')[0]}"
             for _, run in diverged.iterrows()
         ]
     return "\n\n".join(parts)
 
 
-def difference_section(study: Study, found: pd.DataFrame) -> str:
+def arm_row(arm: str, runs: Table) -> dict[str, str]:
+    """The outcomes of an arm."""
+    done = runs[runs["state"] == "finished"]
+    last = 100 * by_epoch(done, "test_accuracy").iloc[:, -3:].mean(axis=1)
+    exponents = [records[-1]["exponent"] if records else None for records in runs["records"]]
+    times = [
+        1000 * run["batch_size"] / record["images_per_second"]
+        for _, run in runs[~runs["effect"].astype(bool)].iterrows()
+        for record in run["records"]
+    ]
+    return {
+        "method": arm,
+        "accuracy": spread(done["accuracy"]),
+        "n": f"{len(done)}",
+        "95% interval": between(*mean_interval(done["accuracy"])),
+        "test loss": spread([records[-1]["test_loss"] for records in done["records"]], 3),
+        "last three epochs": spread(last),
+        "$p_t$": "-"
+        if exponents.count(None) == len(exponents)
+        else " ".join("-" if exponent is None else f"{exponent}" for exponent in exponents),
+        "ms": f"{np.median(times):.0f}" if times else "-",
+    }
+
+
+def difference_section(study: Study, found: Table) -> str:
     """The differences by family."""
-    if not len(found):
-        return ""
     parts = [
         "In points. Differences are taken within seeds: methods share initial parameters and "
         "batches. A linear model of seed and method gives them, with one residual variance for the "
@@ -195,27 +218,29 @@ def difference_section(study: Study, found: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
-def difference_table(rows: pd.DataFrame, size: int, tested: bool) -> str:
+def difference_table(rows: Table, size: int, tested: bool) -> str:
     """The contrasts of a family in one group."""
-    header = ["", "difference (95% interval)", "n"]
-    if tested:
-        level = f"{100 * (1 - 2 * ALPHA / size):.3g}% interval"
-        header += ["p", *["Holm"] * (size > 1), "TOST p", level, "detectable"]
     lines = []
     for _, row in rows.iterrows():
-        line = [row["label"], difference(row), f"{row['n']}"]
+        line = {"in points": row["label"], "difference (95% interval)": difference(row)}
+        line["n"] = f"{row['n']}"
         if tested:
             corrected = p_value(row["corrected"])
-            shown = f"**{corrected}**" if row["corrected"] < ALPHA else corrected
-            line += [p_value(row["p_value"]), shown] if size > 1 else [shown]
-            line += [p_value(row["equivalence"])]
-            line += [between(row["inner_low"], row["inner_high"], "+z.2f")]
-            line += ["-" if math.isnan(row["detectable"]) else f"{row['detectable']:.1f}"]
-        lines.append([*line, between(row["welch_low"], row["welch_high"], "+z.2f")])
-    return markdown([*header, "Welch's 95% interval"], lines)
+            line["p"] = p_value(row["p_value"])
+            line["p" if size == 1 else "Holm"] = (
+                f"**{corrected}**" if row["corrected"] < ALPHA else corrected
+            )
+            line["TOST p"] = p_value(row["equivalence"])
+            level = f"{100 * (1 - 2 * ALPHA / size):.3g}% interval"
+            line[level] = between(row["inner_low"], row["inner_high"], "+z.2f")
+            known = not math.isnan(row["detectable"])
+            line["detectable"] = f"{row['detectable']:.1f}" if known else "-"
+        line["Welch's 95% interval"] = between(row["welch_low"], row["welch_high"], "+z.2f")
+        lines.append(line)
+    return markdown(lines)
 
 
-def difference(row: pd.Series) -> str:
+def difference(row: Table) -> str:
     """A difference with its interval; or, if runs diverged, how often each method is above."""
     if any(row["diverged"]):
         seeds = row["above"] + row["below"] + row["ties"]
@@ -228,25 +253,24 @@ def difference(row: pd.Series) -> str:
     return f"{row['value']:+z.2f} ({between(row['low'], row['high'], '+z.2f')})"
 
 
-def effect_section(runs: pd.DataFrame) -> str:
+def effect_section(runs: Table) -> str:
     """How the methods' updates differ from the plain optimizer's."""
     parts = []
-    for title, each in runs[runs["method"] != "none"].groupby("group", sort=False):
+    done = runs[(runs["method"] != "none") & (runs["state"] == "finished")]
+    for title, each in done.groupby("group", sort=False):
         rows = []
-        for arm, there in each[each["state"] == "finished"].groupby("arm", sort=False):
-            ratio, cosine = (
-                by_epoch(there, name) for name in ("update_norm_ratio", "update_cosine")
-            )
+        for arm, there in each.groupby("arm", sort=False):
+            ratio, cosine = (by_epoch(there, f"update_{key}") for key in ("norm_ratio", "cosine"))
             if cosine.notna().all(axis=None):
-                means = [values.mean() for values in (ratio, cosine, 1 - cosine**2)]
-                rows.append([str(arm)])
-                for mean in means:
-                    rows[-1] += [f"{x:.3f}" for x in (mean.iloc[0], mean.iloc[-1], mean.mean())]
+                row = {"method": str(arm)}
+                values = {"ratio of norms": ratio, "cosine": cosine, "1 - cosine²": 1 - cosine**2}
+                for name, value in values.items():
+                    mean = value.mean()
+                    numbers = {"first": mean.iloc[0], "last": mean.iloc[-1], "mean": mean.mean()}
+                    row |= {f"{name}, {when}": f"{x:.3f}" for when, x in numbers.items()}
+                rows.append(row)
         if rows:
-            names = ("ratio of norms", "cosine", "1 - cosine²")
-            header = [f"{name}: first" for name in names]
-            header = ["method", *(x for name in header for x in (name, "last", "mean"))]
-            parts.append(f"**{title}**\n\n{markdown(header, rows)}")
+            parts.append(f"**{title}**\n\n{markdown(rows)}")
     intro = (
         "The actual update, compared with the plain optimizer's on the same gradients: in the "
         "first epoch, in the last, and the mean over epochs; means over seeds. 1 - cosine² is the "
@@ -256,45 +280,20 @@ def effect_section(runs: pd.DataFrame) -> str:
     return "\n\n".join([intro, *parts]) if parts else ""
 
 
-def time_section(runs: pd.DataFrame) -> str:
-    """Milliseconds of a step by arm: medians over the epochs of all seeds."""
-    timed = runs[~runs["effect"].astype(bool) & (runs["records"].map(len) > 0)]
-    rows = []
-    for title, each in timed.groupby("group", sort=False):
-        speeds = {
-            arm: np.concatenate([[r["images_per_second"] for r in x] for x in there["records"]])
-            for arm, there in each.groupby("arm", sort=False)
-        }
-        steps = {arm: 1000 * each["batch_size"].iloc[0] / np.median(x) for arm, x in speeds.items()}
-        first = steps[figures.plain_arm(each)]
-        rows += [[str(title), str(arm), f"{ms:.0f}", f"{ms / first:.2f}"] for arm, ms in steps.items()]
-    if not rows:
-        return ""
-    return (
-        "Medians over all epochs, in milliseconds and relative to the plain optimizer, as "
-        "recorded; other programs may have run at the same time. `benchmarks/overhead.py` compares "
-        "the methods fairly. Runs with a measured effect are left out.\n\n"
-        + markdown(["runs", "method", "ms", "ratio"], rows)
-    )
-
-
-def exponent_section(runs: pd.DataFrame) -> str:
-    """The exponents that the first step of each run decided."""
-    rows = []
-    for (title, arm), each in runs.groupby(["group", "arm"], sort=False):
-        last = [records[-1]["exponent"] if records else None for records in each["records"]]
-        if any(exponent is not None for exponent in last):
-            found = " ".join("-" if exponent is None else str(exponent) for exponent in last)
-            rows.append([title, arm, found])
-    return markdown(["runs", "method", "$p_t$ of each seed, in order"], rows) if rows else ""
-
-
 # --- Numbers and tables as Markdown ---------------------------------------------------------------
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table, without the columns in which nothing is.
+
+    >>> print(markdown([{"a": "1", "b": "-"}, {"a": "2", "b": "-"}]))
+    | a |
+    | --- |
+    | 1 |
+    | 2 |
+    """
+    shown = [key for key in rows[0] if any(row[key] != "-" for row in rows)]
+    lines = [shown, ["---"] * len(shown), *([row[key] for key in shown] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -322,7 +321,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def spread(values: Sequence[float] | pd.Series, digits: int = 2) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard deviation.
 
     >>> spread([1.0, 3.0]), spread([1.0]), spread([])

@@ -33,6 +33,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
+from reproduction.records import Table
 from reproduction.studies import Family, Study
 from training.config import Experiment
 
@@ -45,7 +46,7 @@ TESTED = ("primary", "family")
 Weights = Mapping[str, float]
 
 
-def differences(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
+def differences(study: Study, runs: Table) -> Table:
     """The contrasts of a study.
 
     Args:
@@ -69,62 +70,63 @@ def differences(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 
       What does not exist is NaN: of one run, or where all differences are equal.
     """
-    rows: list[dict[str, Any]] = []
     planned = runs[runs["planned"]]
-    for (repeat, group), there in planned.groupby(["repeat", "group"], sort=False):
-        for family in study.families(arms_of(there)):
-            rows += _family(study, family, there, {"group": group, "repeat": repeat})
-    rows += _over_devices(study, planned)
+    parts = [
+        (study.families(arms_of(there)), there.assign(group=group, repeat=repeat))
+        for (repeat, group), there in planned.groupby(["repeat", "group"], sort=False)
+    ]
+    rows: list[dict[str, Any]] = []
+    for families, there in [*parts, *_over_devices(study, planned)]:
+        models: dict[tuple[str, ...], Model] = {}
+        for family in families:
+            rows += _family(study, family, there, models)
     if not rows:
         return pd.DataFrame()
-    found = pd.DataFrame(rows)
-    families = dict.fromkeys(zip(found["repeat"], found["family"], strict=True))
-    parts = [
-        _corrected(found[(found["repeat"] == repeat) & (found["family"] == title)])
-        for repeat, title in families
-    ]
-    return pd.concat(parts, ignore_index=True)
+    by_family = pd.DataFrame(rows).groupby(["repeat", "family"], sort=False)
+    return pd.concat([_corrected(family) for _, family in by_family], ignore_index=True)
 
 
-def arms_of(runs: pd.DataFrame) -> dict[str, Experiment]:
+def arms_of(runs: Table) -> dict[str, Experiment]:
     """The first run of each arm, by label."""
     first = runs.drop_duplicates("arm")
     return dict(zip(first["arm"], first["experiment"], strict=True))
 
 
 def _family(
-    study: Study, family: Family, runs: pd.DataFrame, where: dict[str, Any]
+    study: Study, family: Family, runs: Table, models: dict[tuple[str, ...], "Model"]
 ) -> list[dict[str, Any]]:
-    pool = runs[runs["arm"].isin(family.pool)] if family.pool else runs
+    """The contrasts of a family in one group; `models` are those that were fitted there."""
+    arms = tuple(family.pool or runs["arm"].unique())
+    pool, kind = runs[runs["arm"].isin(arms)], family.kind
     missing = int(pool["state"].isin(("missing", "unfinished")).sum())
-    kind, there = family.kind, pool[pool["state"].isin(("finished", "diverged"))]
-    if missing and kind in TESTED and not study.preset:
+    if missing and not study.preset:
         kind = "descriptive"  # a study of one's own shows what there is, and tests nothing
-    model = Model(there)
-    rows = []
-    for weights in family.contrasts:
-        row = where | {"family": family.title, "kind": kind, "label": label(weights)}
-        if kind in TESTED and missing:
-            rows.append(row | {"missing": missing} | Model(there[:0]).contrast(weights))
-        elif kind in TESTED or set(weights) <= set(there["arm"]):
-            rows.append(row | {"missing": missing} | model.contrast(weights))
-    return rows
+    waits = missing > 0 and kind in TESTED
+    there = pool[pool["state"].isin(() if waits else ("finished", "diverged"))]
+    model = models[arms] = models.get(arms) or Model(there)
+    where = {key: runs[key].iloc[0] for key in ("group", "repeat")}
+    return [
+        where
+        | {"family": family.title, "kind": kind, "missing": missing, "label": label(weights)}
+        | model.contrast(weights)
+        for weights in family.contrasts
+        if kind in TESTED or set(weights) <= set(there["arm"])
+    ]
 
 
-def _over_devices(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """The primary contrasts of the mean over the devices of a study, once all of them are in."""
-    rows: list[dict[str, Any]] = []
-    devices = runs["repeat"].nunique()
-    for _, there in runs.groupby(list(study.groups), sort=False) if devices > 1 else ():
-        for family in study.families(arms_of(there)):
-            pool = there[there["arm"].isin(family.pool)]
-            if family.kind == "primary" and pool["accuracy"].notna().all():
-                mean = pool.groupby(["arm", "seed"], as_index=False)["accuracy"].mean()
-                title = study.group(next(iter(arms_of(there).values())))
-                where = {"group": f"{title}, mean over devices", "repeat": "all"}
-                described = family._replace(kind="descriptive", pool=())
-                rows += _family(study, described, mean.assign(state="finished"), where)
-    return rows
+def _over_devices(study: Study, runs: Table) -> list[tuple[list[Family], pd.DataFrame]]:
+    """The primary contrasts of the mean over a study's devices, once all runs of these are in."""
+    found = []
+    if runs["repeat"].nunique() > 1:
+        for _, there in runs.groupby(list(study.groups), sort=False):
+            for family in study.families(arms_of(there)):
+                pool = there[there["arm"].isin(family.pool)]
+                if family.kind == "primary" and pool["accuracy"].notna().all():
+                    title = study.group(pool["experiment"].iloc[0]) + ", mean over devices"
+                    mean = pool.groupby(["arm", "seed"], as_index=False)["accuracy"].mean()
+                    mean = mean.assign(state="finished", group=title, repeat="all")
+                    found.append(([family._replace(kind="descriptive")], mean))
+    return found
 
 
 def label(weights: Weights) -> str:
@@ -149,11 +151,13 @@ class Model:
         residuals twice.
     """
 
-    def __init__(self, runs: pd.DataFrame):
+    def __init__(self, runs: Table):
         self._runs = runs
         finished = runs.dropna(subset=["accuracy"])
         self._by_seed = runs.pivot(index="seed", columns="arm", values="accuracy")
-        self._fit = ols("accuracy ~ 0 + C(arm) + C(seed)", finished).fit() if len(finished) else None
+        self._fit = (
+            ols("accuracy ~ 0 + C(arm) + C(seed)", finished).fit() if len(finished) else None
+        )
 
     def contrast(self, weights: Weights) -> dict[str, Any]:
         """A contrast of arms, with the columns of `differences` that concern it alone.
@@ -214,7 +218,7 @@ class Model:
         return value, error, df
 
 
-def _corrected(family: pd.DataFrame) -> pd.DataFrame:
+def _corrected(family: Table) -> Table:
     """A family with what depends on its size."""
     tested = family["kind"].isin(TESTED).all()
     size = len(family) if tested else 1
@@ -248,7 +252,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     """
     p_values = np.asarray(p_values, float)
     unknown = np.isnan(p_values)
-    corrected = multipletests(np.where(unknown, 1.0, p_values), method="holm")[1]
+    corrected: Any = multipletests(np.where(unknown, 1.0, p_values), method="holm")[1]
     return np.where(unknown, math.nan, corrected)
 
 
@@ -281,7 +285,7 @@ def sign_test(above: int, below: int) -> float:
     return float(stats.binomtest(above, above + below).pvalue) if above + below else 1.0
 
 
-def welch(values: Sequence[float] | pd.Series, others: Sequence[float] | pd.Series) -> Any:
+def welch(values: Sequence[float], others: Sequence[float]) -> Any:
     """Welch's 95% interval of a difference of means; NaN with fewer than two on a side."""
     if min(len(values), len(others)) < 2 or np.std(values) + np.std(others) < RESOLUTION:
         return math.nan, math.nan
@@ -289,7 +293,7 @@ def welch(values: Sequence[float] | pd.Series, others: Sequence[float] | pd.Seri
     return means.tconfint_diff(ALPHA, usevar="unequal")
 
 
-def mean_interval(values: Sequence[float] | pd.Series) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of a mean; NaN where the spread cannot be estimated."""
     if len(values) < 2 or np.std(values) < RESOLUTION:
         return math.nan, math.nan

@@ -259,12 +259,11 @@ def extend(name: str, begun: Begun, experiment: Experiment, axes: Axes) -> Axes:
             f"the study {name} cannot have both --learning-rates and the default of each "
             f"optimizer; {advice}"
         )
-    united: dict[str, Any] = {
-        key: tuple(dict.fromkeys((*values, *getattr(new, key))))
-        for key, values in vars(old).items()
-        if key != "seeds"
-    }
-    return Axes(**united, seeds=max(old.seeds or 0, new.seeds or 0))
+    united: dict[str, Any] = {"seeds": max(old.seeds or 0, new.seeds or 0)}
+    for key, values in vars(old).items():
+        if key != "seeds":
+            united[key] = tuple(dict.fromkeys((*values, *getattr(new, key))))
+    return Axes(**united)
 
 
 def cost(experiment: Experiment) -> float:
