@@ -267,9 +267,8 @@ def _row(
 
 def by_epoch(runs: Table, name: str) -> Table:
     """A recorded number: a row for each run, a column for each epoch from 1."""
-    rows = [[record[name] for record in records] for records in runs["records"]]
-    values = pd.DataFrame(rows, index=runs["seed"], dtype=float)
-    return values.rename(columns=lambda epoch: epoch + 1)
+    rows = [{record["epoch"]: record[name] for record in records} for records in runs["records"]]
+    return pd.DataFrame(rows, index=runs["seed"], dtype=float).sort_index(axis=1)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ compared within seeds. What is fixed here, before the runs:
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from scipy import optimize, stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
 from reproduction.records import Table
 from reproduction.studies import Family, Study
@@ -155,9 +157,12 @@ class Model:
         self._runs = runs
         finished = runs.dropna(subset=["accuracy"])
         self._by_seed = runs.pivot(index="seed", columns="arm", values="accuracy")
-        self._fit = (
-            ols("accuracy ~ 0 + C(arm) + C(seed)", finished).fit() if len(finished) else None
-        )
+        self._fit: Any = None
+        with warnings.catch_warnings():
+            # Some contrasts may be determined all the same: `_estimate` knows which.
+            warnings.simplefilter("ignore", SingularMatrixWarning)
+            if len(finished):
+                self._fit = ols("accuracy ~ 0 + C(arm) + C(seed)", finished).fit()
 
     def contrast(self, weights: Weights) -> dict[str, Any]:
         """A contrast of arms, with the columns of `differences` that concern it alone.

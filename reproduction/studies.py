@@ -126,7 +126,8 @@ class Axes:
 
 def usual_rate(experiment: Experiment, optimizer: str) -> float:
     """The learning rate of an experiment, or with another optimizer that one's default."""
-    same = optimizer == experiment.optimizer
+    other = experiment_of(dataclasses.asdict(experiment) | {"optimizer": optimizer})  # if there is
+    same = other == experiment
     return experiment.learning_rate if same else OPTIMIZERS[optimizer].learning_rate
 
 
@@ -259,10 +260,9 @@ def extend(name: str, begun: Begun, experiment: Experiment, axes: Axes) -> Axes:
             f"the study {name} cannot have both --learning-rates and the default of each "
             f"optimizer; {advice}"
         )
-    united: dict[str, Any] = {"seeds": max(old.seeds or 0, new.seeds or 0)}
-    for key, values in vars(old).items():
-        if key != "seeds":
-            united[key] = tuple(dict.fromkeys((*values, *getattr(new, key))))
+    united: dict[str, Any] = vars(old) | {"seeds": max(old.seeds or 0, new.seeds or 0)}
+    for key in united.keys() - {"seeds"}:
+        united[key] = tuple(dict.fromkeys((*united[key], *getattr(new, key))))
     return Axes(**united)
 
 
