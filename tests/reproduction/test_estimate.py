@@ -10,7 +10,7 @@ import pytest
 
 from models import MODELS, resnet8
 from reproduction import estimate, studies
-from reproduction.studies import Run
+from reproduction.records import Run
 from training.config import Experiment
 
 HERE = {"device": "cpu", "device_count": jax.device_count()}

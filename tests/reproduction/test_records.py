@@ -1,4 +1,4 @@
-"""Only complete runs become records of a study, only complete records count, and all are a table."""
+"""Only complete runs become records, only complete records count, and all of them are a table."""
 
 import dataclasses
 import json
