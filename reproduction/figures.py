@@ -17,7 +17,6 @@ from reproduction.presets import PAPER_ACCURACY, PRESETS
 from reproduction.records import Table, by_epoch, replacing, table
 from reproduction.statistics import MARGIN, differences
 from reproduction.studies import Study, describe
-from training.optimizers import method_label
 from training.plots import STYLE, plot_layers
 
 SEEDS = "; lines are means over seeds, bands their standard deviation."
@@ -36,6 +35,7 @@ COLORS = {
     "autoscale_direction": "#332288",
     "autoscale_norm": "#999933",
 }
+OTHER = "#666666"
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 # Whose effect on the steps is drawn, as far as it was measured: four of them, in this order.
 EFFECTS = (
@@ -136,17 +136,25 @@ def looks_of(runs: Table) -> dict[str, Look]:
     looks: dict[str, Look] = {}
     for arm, method in zip(runs["arm"], runs["method"], strict=True):
         if arm not in looks:
-            color = COLORS.get(method, "#666666")
+            color = COLORS.get(method, OTHER)
             lines = LINES[1:] if method == "autoscale_p1" else LINES
             free = [line for line in lines if (color, line) not in looks.values()]
             looks[arm] = color, (free or lines)[0]
     return looks
 
 
-def layers(figure: Figure, groups: Groups) -> None:
-    """Figure 1: the standard deviation of each layer's gradient, by epoch."""
+def panels(figure: Figure, groups: Groups, ylabel: str) -> Iterator[tuple[Axes, str, Table]]:
+    """Axes in a row for the groups, with one legend."""
     all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, runs) in zip(all_axes, groups, strict=True):
+        yield axes, title, runs
+    all_axes[0].set_ylabel(ylabel)
+    common_legend(figure, all_axes)
+
+
+def layers(figure: Figure, groups: Groups) -> None:
+    """Figure 1: the standard deviation of each layer's gradient, by epoch."""
+    for axes, title, runs in panels(figure, groups, "gradient std of each layer"):
         stds = np.array(
             [[list(r["layer_std"].values()) for r in records] for records in runs["records"]]
         )
@@ -154,7 +162,6 @@ def layers(figure: Figure, groups: Groups) -> None:
         means = dict(zip(names, stds.mean(0).T.tolist(), strict=True))
         plot_layers(figure, axes, list(range(1, stds.shape[1] + 1)), means)
         finish(axes, title, yscale="log")
-    all_axes[0].set_ylabel("gradient std of each layer")
 
 
 def dynamics(figure: Figure, groups: Groups) -> None:
@@ -172,24 +179,17 @@ def dynamics(figure: Figure, groups: Groups) -> None:
 
 def exponents(figure: Figure, groups: Groups) -> None:
     """Figure 3: the factor with p = 2 and with p = 1, on the same network."""
-    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (title, runs) in zip(all_axes, groups, strict=True):
-        for exponent, look in (
-            (2, (COLORS["autoscale"], "-")),
-            (1, (COLORS["gradient_centralization"], "--")),
-        ):
+    for axes, title, runs in panels(figure, groups, "scale factor $a_t$"):
+        for exponent, look in ((2, (COLORS["autoscale"], "-")), (1, ("#0072B2", "--"))):
             factors = (4 / np.log(by_epoch(runs, "global_std")).abs()) ** exponent
             band(axes, factors, look, f"p = {exponent}")
         finish(axes, title)
         axes.set_ylim(0)
-    all_axes[0].set_ylabel("scale factor $a_t$")
-    common_legend(figure, all_axes)
 
 
 def gains(figure: Figure, groups: Groups) -> None:
     """Figure 4: the test accuracy by epoch, as the difference from the plain optimizer."""
-    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (title, runs) in zip(all_axes, groups, strict=True):
+    for axes, title, runs in panels(figure, groups, "test accuracy minus plain, points"):
         first = plain_arm(runs)
         plain = by_epoch(runs[runs["arm"] == first], "test_accuracy")
         axes.axhline(0, color="black", linewidth=0.8)
@@ -197,8 +197,6 @@ def gains(figure: Figure, groups: Groups) -> None:
             difference = 100 * (by_epoch(each, "test_accuracy") - plain).dropna()
             band(axes, difference, each["look"].iloc[0], str(arm))
         finish(axes, title)
-    all_axes[0].set_ylabel("test accuracy minus plain, points")
-    common_legend(figure, all_axes)
 
 
 def plain_arm(runs: Table) -> str:
@@ -243,28 +241,27 @@ def curves(figure: Figure, groups: Groups) -> None:
 def varied(runs: Table, name: str) -> Groups:
     """The runs among which an option has several values, by title."""
     other = "weight_decay" if name == "learning_rate" else "learning_rate"
-    panels = []
+    found = []
     for (repeat, *_), each in runs.groupby(
         ["repeat", "dataset", "optimizer", "model", "epochs", other], sort=False
     ):
         if each[name].nunique() > 1:
             it = each["experiment"].iloc[0]
             words = [describe(it, key) for key in ("dataset", "optimizer", other)]
-            panels.append(
+            found.append(
                 (", ".join([describe(it, "model"), *words, *[repeat] * bool(repeat)]), each)
             )
-    return panels
+    return found
 
 
-def against(figure: Figure, panels: Groups, name: str) -> None:
+def against(figure: Figure, groups: Groups, name: str) -> None:
     """The accuracy against an option, a line for each method, the seeds as dots."""
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, runs) in zip(all_axes, panels, strict=True):
+    for axes, title, runs in panels(figure, groups, "test accuracy, %"):
         for method, each in runs.groupby("method", sort=False):
-            color = COLORS.get(str(method), "#666666")
-            means = each.groupby(name)["accuracy"].mean()
-            text = method_label(str(method), each["optimizer"].iloc[0])
+            color = COLORS.get(str(method), OTHER)
             line = "--" if method == "autoscale_p1" else "-"
+            text = describe(each["experiment"].iloc[0], "method")
+            means = each.groupby(name)["accuracy"].mean()
             axes.plot(means, line, marker="_", color=color, label=text, linewidth=1.5)
             axes.plot(each[name], each["accuracy"], "o", color=color, markersize=3, alpha=0.6)
         ticks = sorted(set(runs[name]))
@@ -273,8 +270,6 @@ def against(figure: Figure, panels: Groups, name: str) -> None:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set(title=textwrap.fill(title, 32), xlabel=name.replace("_", " "))
-    all_axes[0].set_ylabel("test accuracy, %")
-    common_legend(figure, all_axes)
 
 
 def affecting(runs: Table) -> list[str]:
@@ -289,18 +284,15 @@ def affecting(runs: Table) -> list[str]:
 
 def effects(figure: Figure, groups: Groups) -> None:
     """The ratio of norms by step of the first epoch, and method."""
-    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, (title, runs) in zip(all_axes, groups, strict=True):
+    for axes, title, runs in panels(figure, groups, "norm, relative to plain"):
         axes.axhline(1, color="black", linewidth=0.8)
         for arm in affecting(runs):
-            there = runs[(runs["arm"] == arm) & (runs["state"] == "finished")]
+            there = runs[runs["arm"] == arm]
             ratios = [records[0]["update_norm_ratio_by_step"] for records in there["records"]]
             mean, (color, line) = np.mean(ratios, axis=0), there["look"].iloc[0]
             steps = np.arange(1, len(mean) + 1)
             axes.plot(steps, mean, linestyle=line, color=color, label=arm, linewidth=1.2)
         finish(axes, title, xlabel="step")
-    all_axes[0].set_ylabel("norm, relative to plain")
-    common_legend(figure, all_axes)
 
 
 def forests(figure: Figure, groups: Groups) -> None:
@@ -358,10 +350,10 @@ def draw_verdict(results: Path) -> None:
         claimed = paper["autoscale"] - paper["none"]
         above.plot(claimed, 0, "D", color="black", fillstyle="none")
         above.annotate("the paper,\n200 epochs", (claimed + 0.15, 0), va="center", fontsize=7)
-        above.set_title("CIFAR-100, ResNet-20, 20 epochs: Autoscale ...", loc="left")
+        above.set_title("Autoscale on CIFAR-100, ResNet-20, 20 epochs", loc="left")
         networks = ours[1]["group"].str.partition(" on ")[0]
         forest(below, ours[1], [f"{name}, minus AdamW" for name in networks])
-        below.set_title("digits, 10 epochs: Autoscale ...", loc="left")
+        below.set_title("Autoscale on digits, 10 epochs", loc="left")
         below.set_xlabel("points of test accuracy; 95% intervals, dots are seeds")
 
 

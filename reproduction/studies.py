@@ -233,7 +233,9 @@ def load(folder: Path) -> Begun | None:
     try:
         options = json.loads(path.read_text())
         values = options["axes"].items()
-        axes = {name: tuple(each) if isinstance(each, list) else each for name, each in values}
+        axes: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in values
+        }
         runs = tuple(map(Path, options["runs"]))
         return Begun(experiment_of(options["experiment"]), Axes(**axes), runs)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
