@@ -195,73 +195,57 @@ def table(study: Study, folder: Path) -> Table:
     Raises:
       ValueError: if a file is not the record of a run, or its recipe is not the study's.
     """
-    rows = []
+    entries: list[tuple[Experiment, Run | None, str, bool]] = []
     if study.runs:
-        for path, experiment in zip(study.runs, study.experiments, strict=True):
-            run = read_folder(path)
-            whole = len(run.records) == experiment.epochs
-            state = "finished" if whole else "unfinished"
-            state = "diverged" if run.description["diverged"] else state
-            rows.append(_row(study, experiment, run, state, ""))
+        pairs = zip(study.experiments, map(read_folder, study.runs), strict=True)
+        entries = [(experiment, run, "", True) for experiment, run in pairs]
     else:
-        repeats = sorted({path.parent.name for path in folder.glob("*/*.jsonl")})
-        for repeat in ("", *repeats):
+        for repeat in ("", *sorted({path.parent.name for path in folder.glob("*/*.jsonl")})):
             found = read(folder / repeat)
             for experiment in study.experiments:
-                run = found.pop(experiment.name, None)
-                if run:
+                if run := found.pop(experiment.name, None):
                     check_same(experiment, run, folder / repeat / f"{experiment.name}.jsonl")
-                rows.append(_row(study, experiment, run, None, repeat))
-            for run in found.values():
-                rows.append(_row(study, run.experiment, run, None, repeat, planned=False))
+                entries.append((experiment, run, repeat, True))
+            entries += [(run.experiment, run, repeat, False) for run in found.values()]
+    rows = [_row(study, *entry) for entry in entries]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    places = [list(OPTIMIZERS), list(MODELS), list(METHODS)]
+    optimizers, models, methods = list(OPTIMIZERS), list(MODELS), list(METHODS)
+    numbers = [key for key in ("learning_rate", "weight_decay") if key in study.groups]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        optimizer, model, method = (
-            order.index(row[key])
-            for order, key in zip(places, ("optimizer", "model", "method"), strict=True)
-        )
-        more = tuple(row[key] for key in ("learning_rate", "weight_decay") if key in study.groups)
-        start = (row["repeat"], row["dataset"], optimizer, model, *more)
-        return (*start, method, arms.index(row["arm"]), row["seed"])
+        it = row["experiment"]
+        group = (row["dataset"], optimizers.index(it.optimizer), models.index(it.model))
+        arm = (methods.index(it.method), arms.index(row["arm"]))
+        return (row["repeat"], *group, *(row[key] for key in numbers), *arm, it.seed)
 
     runs: Table = pd.DataFrame(sorted(rows, key=place))
     if runs["repeat"].nunique() > 1:
         for _, there in runs.groupby("repeat"):
             devices = sorted(there["device"].dropna().unique())
-            runs.loc[there.index, "group"] = [
-                ", ".join([title, *devices]) for title in there["group"]
-            ]
+            titles = [", ".join([title, *devices]) for title in there["group"]]
+            runs.loc[there.index, "group"] = titles
     return runs
 
 
 def _row(
-    study: Study,
-    experiment: Experiment,
-    run: Run | None,
-    state: str | None,
-    repeat: str,
-    *,
-    planned: bool = True,
+    study: Study, experiment: Experiment, run: Run | None, repeat: str, planned: bool
 ) -> dict[str, Any]:
-    diverged = run.description["diverged"] if run else None
-    state = state or ("missing" if run is None else "diverged" if diverged else "finished")
-    finished = run.records[-1] if run and state == "finished" else None
-    return dataclasses.asdict(experiment) | {
+    about, records = (run.description, run.records) if run else ({}, [])
+    state = "missing" if run is None else "diverged" if about["diverged"] else "finished"
+    if state == "finished" and len(records) < experiment.epochs:
+        state = "unfinished"
+    copied = ("device", "device_count", "commit", "versions", "diverged")
+    return {
+        **dataclasses.asdict(experiment),
         "experiment": experiment,
         "group": study.group(experiment),
         "arm": study.arm(experiment),
         "repeat": repeat,
         "planned": planned,
         "state": state,
-        "accuracy": 100 * finished["test_accuracy"] if finished else np.nan,
-        "records": run.records if run else [],
-        "diverged": diverged,
-        **{
-            key: run.description[key] if run else None
-            for key in ("device", "device_count", "commit", "versions")
-        },
+        "accuracy": 100 * records[-1]["test_accuracy"] if state == "finished" else np.nan,
+        "records": records,
+        **{key: about.get(key) for key in copied},
     }
 
 
