@@ -112,16 +112,17 @@ class Axes:
         """The axes with the values that they have by default."""
         it, rates = experiment, self.learning_rates
         optimizers = self.optimizers or (it.optimizer,)
-        if not rates and len(optimizers) == 1:
+        if not rates and len(set(optimizers)) == 1:
             rates = (usual_rate(it, optimizers[0]),)
-        return Axes(
-            self.methods or tuple(dict.fromkeys(("none", it.method))),
-            self.models or (it.model,),
-            optimizers,
-            rates,
-            self.weight_decays or (it.weight_decay,),
-            5 if self.seeds is None else self.seeds,
-        )
+        values = {
+            "methods": self.methods or ("none", it.method),
+            "models": self.models or (it.model,),
+            "optimizers": optimizers,
+            "learning_rates": rates,
+            "weight_decays": self.weight_decays or (it.weight_decay,),
+        }
+        once: dict[str, Any] = {key: tuple(dict.fromkeys(each)) for key, each in values.items()}
+        return Axes(**once, seeds=5 if self.seeds is None else self.seeds)
 
 
 def usual_rate(experiment: Experiment, optimizer: str) -> float:

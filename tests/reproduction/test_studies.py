@@ -23,6 +23,11 @@ def test_a_grid_has_every_combination_once_and_the_cheapest_first():
     assert {run.epochs for run in runs} == {2}
 
 
+def test_a_value_that_is_given_twice_counts_once():
+    twice = Axes(("none", "none"), learning_rates=(1e-3, 1e-3), seeds=1)
+    assert grid(DIGITS, twice) == grid(DIGITS, Axes(("none",), seeds=1))
+
+
 def test_by_default_a_method_is_compared_with_none_over_five_seeds():
     runs = grid(dataclasses.replace(DIGITS, method="clip"), Axes())
     assert {(run.method, run.seed) for run in runs} == {
