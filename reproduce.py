@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import sys
@@ -10,71 +11,158 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeAlias
 
 import jax
 import tyro
-from training.compiled import keep_compiled
-from training.config import Experiment, Launch, check_path
-from training.interruption import Interrupted
-from training.lock import InUse, lock
+from rich.console import Console
+from rich.markdown import Markdown
 
-from reproduction import estimate, studies
-from reproduction.report import write_report
-from reproduction.studies import STUDIES, Run
-from reproduction.verdict import read_all, write_verdict
+from reproduction import estimate, records, studies
+from reproduction.figures import draw_verdict
+from reproduction.presets import PRESETS
+from reproduction.records import Run, Table
+from reproduction.report import difference, runs_section, write_report
+from reproduction.studies import NO_HINT, Axes, Begun, Study
 from train import NotFinite, train
 from training import cpu, output
 from training.checkpoints import CheckpointError
+from training.compiled import keep_compiled
+from training.config import Experiment, Launch, check_path, recipe
 from training.devices import exit_at_once
+from training.interruption import Interrupted
+from training.lock import InUse, lock
 from training.record import read_records
 
 if TYPE_CHECKING:
     Preset: TypeAlias = str
 else:
-    Preset = Literal[tuple(STUDIES)]
+    Preset = Literal[tuple(PRESETS)]
 
 MAX_HOURS = int(threading.TIMEOUT_MAX) // 3600
 MAX_SEEDS = 10_000
 CONTINUES = "run the same command again to continue"
-RUNS = Path("runs")  # of runs in progress: checkpoints, pictures, parameters
+PUBLISHED = Path("results")
 
 
-NO_HINT = tyro.conf.arg(help_behavior_hint="")  # of a default that turns the option off
+@dataclasses.dataclass(frozen=True)
+class What:
+    """What is run, and reported."""
+
+    preset: Annotated[Preset | None, NO_HINT] = None
+    """A study that is fixed in the code (default: digits):
+    - digits: the methods and models of the paper's Table 1, on a small data set
+    - ablation: the method's parts, before AdamW and before SGD
+    - vit: a Vision Transformer
+    - cifar100: does it help on CIFAR-100, and why; 20 epochs
+    - paper: the paper's own scale"""
+    name: Annotated[str | None, NO_HINT] = None
+    """Name of a study of your own: every combination of the options below. Given again, it resumes
+    the study of that name, and further values extend it."""
+    runs: Annotated[tuple[Path, ...], NO_HINT] = ()
+    """Folders of runs that train.py made, finished or not: the study --name reports these."""
+    results: Path = Path("studies")
+    """Folder with a folder per study; --preset NAME --results results extends what is published."""
+    repeat: Annotated[bool, NO_HINT] = False
+    """Run the study again on this device, in a folder of its own, to compare devices."""
+    hours: Annotated[float | None, NO_HINT] = None
+    """Stop after this many hours; the same command resumes."""
+    data_dir: Annotated[Path | None, NO_HINT] = None
+    """Folder of the TensorFlow Datasets, for CIFAR (default: that of train.py)."""
+    dry_run: Annotated[bool, NO_HINT] = False
+    """List the runs, how far each is, and the time left; train nothing."""
+    report: Annotated[bool, NO_HINT] = False
+    """Write the report from the records; train nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Run what is missing from a study, and write its report."""
+    """Run what is missing from a study of many runs, and write its report."""
 
-    preset: Preset = "digits"
-    """The study:
-    - digits: the methods and models of the paper's Table 1, on a small data set
-    - ablation: the method's parts, before AdamW and before SGD
-    - vit: a Vision Transformer
-    - cpu: CIFAR-100 for 5 epochs
-    - cifar100: does it help on CIFAR-100, and why; 20 epochs
-    - cifar100-gpu: the same again on one GPU
-    - paper: the paper's own scale"""
-    hours: Annotated[float | None, NO_HINT] = None
-    """Stop after this many hours; the same command resumes."""
-    seeds: Annotated[int | None, NO_HINT] = None
-    """Number of seeds (default: the study's)."""
-    data_dir: Annotated[Path | None, NO_HINT] = None
-    """Folder of the TensorFlow Datasets, for CIFAR (default: that of train.py)."""
-    results: Path = Path("results")
-    """Folder of the records and reports, with one folder per study."""
-    dry_run: Annotated[bool, NO_HINT] = False
-    """List the runs, how far each is, and the time left; train nothing."""
-    report: Annotated[bool, NO_HINT] = False
-    """Write the report, and the verdict over all studies, from the records; train nothing."""
+    study: What = What()
+    axes: Axes = dataclasses.field(default_factory=Axes)
+    experiment: Experiment = dataclasses.field(default_factory=Experiment)
+
+
+def parse(args: Sequence[str] | None = None) -> Options:
+    """Reads the command line; options that are not given are those of the study that was begun.
+
+    Raises:
+      ValueError: if the study's file is damaged.
+    """
+    args = sys.argv[1:] if args is None else args
+
+    def begun(name: str | None = None, results: Path = What.results) -> Path | None:
+        return results / name if name else None
+
+    folder, _ = tyro.cli(begun, args=args, return_unknown_args=True, add_help=False)
+    usual, _ = tyro.cli(recipe, args=args, return_unknown_args=True, add_help=False)
+    options = Options(experiment=usual)
+    if folder and (found := studies.load(folder)):
+        options = Options(What(runs=found.runs), found.axes, found.experiment)
+    return tyro.cli(
+        Options,
+        args=args,
+        default=options,
+        description=Options.__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    )
+
+
+def check(options: Options) -> None:
+    """Raises ValueError for an impossible option, with its value and the remedy."""
+    what, axes = options.study, options.axes
+    for name, value, most in (("hours", what.hours, MAX_HOURS), ("seeds", axes.seeds, MAX_SEEDS)):
+        if value is not None and not 0 < value <= most:
+            raise ValueError(f"--{name} is {value}; it must be positive, and at most {most}")
+    for name in ("results", "data_dir"):
+        check_path(name, getattr(what, name) or Path())
+    own = dataclasses.replace(axes, seeds=None) != Axes() or options.experiment != recipe()
+    if what.name is None and (own or what.runs):
+        raise ValueError("a study of your own needs a name: give it one with --name, such as mine")
+    if what.name is not None and what.preset is not None:
+        raise ValueError(
+            f"--preset is {what.preset} and --name is {what.name}; give one of the two: a preset's "
+            "runs are fixed"
+        )
+    if what.name is not None and (
+        not re.fullmatch(r"\w[\w.+-]*", what.name) or what.name in PRESETS
+    ):
+        raise ValueError(
+            f"--name is {what.name!r}; it names a folder, and must consist of letters, digits, "
+            f"'.', '+', '-' and '_', and not be a preset: {', '.join(PRESETS)}"
+        )
+
+
+def study_of(options: Options) -> tuple[Study, Begun | None]:
+    """The study that the options name, and what its folder keeps of a study of one's own.
+
+    Raises:
+      ValueError: if they contradict each other, or the study of that name.
+    """
+    what, axes, experiment = options.study, options.axes, options.experiment
+    if what.name is None:
+        return PRESETS[what.preset or "digits"], None
+    begun = studies.load(what.results / what.name)
+    if begun is None and what.report and not what.runs:
+        raise ValueError(f"there is no study {what.name} in {what.results}; leave out --report")
+    if what.runs:
+        if axes != Axes() or (begun and not begun.runs):
+            raise ValueError(
+                f"{what.name} cannot have both --runs and runs of its own; give another --name"
+            )
+        runs = tuple(dict.fromkeys((*(begun.runs if begun else ()), *what.runs)))
+        found = {path: records.read_folder(path).experiment for path in runs}
+        return studies.of_runs(what.name, found), Begun(experiment, axes, runs)
+    axes = studies.extend(what.name, begun, experiment, axes) if begun else axes
+    study = studies.of_grid(what.name, experiment, axes)
+    return study, Begun(experiment, axes.resolve(experiment), ())
 
 
 def main() -> None:
     output.outlive_readers()
-    options = tyro.cli(Options, description=Options.__doc__, config=(tyro.conf.DisallowNone,))
     try:
-        reproduce(options)
+        reproduce(parse())
     except Interrupted as error:
         print(f"reproduce.py: {error}; {CONTINUES}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -85,34 +173,31 @@ def main() -> None:
 
 
 def reproduce(options: Options) -> None:
-    """Runs and reports a study; see `Options`."""
-    for name, most in (("hours", MAX_HOURS), ("seeds", MAX_SEEDS)):
-        value = getattr(options, name)
-        if value is not None and not 0 < value <= most:
-            raise ValueError(f"--{name} is {value}; it must be positive, and at most {most}")
-    check_path("results", options.results)
-    Launch(data_dir=options.data_dir).validate()
-    folder = options.results / options.preset
-    experiments = STUDIES[options.preset].experiments(options.seeds)
+    """Runs and reports a study; see `What`."""
+    check(options)
+    what = options.study
+    study, begun = study_of(options)
+    experiments = list(study.experiments)
+    if study.preset and options.axes.seeds is not None:
+        experiments = with_seeds(experiments, options.axes.seeds)
     cpu.use_cores(min(experiment.batch_size for experiment in experiments))
     cpu.keep_memory()
     keep_compiled()
-    if options.dry_run:
-        show_progress(experiments, options)
+    folder = what.results / study.name
+    device = jax.devices()[0].device_kind.replace(" ", "-") if what.repeat else ""
+    work = Work(experiments, folder / device, what.data_dir)
+    if what.dry_run and not study.runs:
+        show_progress(work)
         return
-    # An invalid record is reported now, not after days: of this study or, for the verdict, others.
-    finished(experiments, folder)
-    read_all(options.results)
+    records.table(study, folder)  # an invalid record is reported now, not after days
     held = []
-    if not options.report:
-        try:  # now, not after the first run
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(
-                f"{folder} cannot be created: {error.strerror}; give another folder with --results"
-            ) from error
-        with time_limit(options.hours):
-            held = make_missing(experiments, options)
+    if begun:
+        make_folder(folder)
+        studies.save(folder, begun)
+    if not what.report and not study.runs:
+        make_folder(work.folder)
+        with time_limit(what.hours):
+            held = make_missing(work)
     for each in held:
         print(each)
     if held:
@@ -120,51 +205,91 @@ def reproduce(options: Options) -> None:
             f"{len(held)} of {len(experiments)} runs are left to other processes; run the same "
             "command again to take over what they do not finish"
         )
-        if not any(folder.glob("*.jsonl")):
+        if not any(work.folder.glob("*.jsonl")):
             return
     # Again if records were added meanwhile, so that the last of several processes reports all.
     seen = None
-    while (records := set(options.results.glob("*/*.jsonl"))) != seen:
-        seen = records
-        write_report(options.preset, folder)
-        write_verdict(options.results)
-    count = sum(path.parent == folder for path in records)
+    runs: Table = None
+    found: Table = None
+    while (there := set(folder.rglob("*.jsonl"))) != seen:
+        seen = there
+        runs, found = write_report(study, folder)
+    if study.preset:
+        draw_verdict(what.results)
+    else:
+        show(study, runs, found)
+    count = int((runs["state"] != "missing").sum())
     print(f"{folder / 'REPORT.md'} holds the report of {count} runs")
 
 
-def finished(experiments: Sequence[Experiment], folder: Path) -> dict[str, Run]:
-    """The finished runs by name.
-
-    Raises:
-      ValueError: if a record is invalid, or its recipe is not the study's.
-    """
-    done = studies.read(folder)
-    for experiment in experiments:
-        check_same(experiment, done, folder)
-    return done
+def show(study: Study, runs: Table, found: Table) -> None:
+    """Prints what a study of one's own found, in short."""
+    if study.runs:
+        Console(highlight=False).print(Markdown(runs_section(runs)))
+    for _, row in found.iterrows():
+        print(f"{row['group']}: {row['label']}: {difference(row)} points, {row['n']} seeds")
 
 
-def make_missing(experiments: Sequence[Experiment], options: Options) -> list[InUse]:
+class Work(NamedTuple):
+    """The runs that a study has, and where they are made."""
+
+    experiments: Sequence[Experiment]
+    folder: Path  # of the records
+    data_dir: Path | None
+
+    def record(self, experiment: Experiment) -> Path:
+        """The record file of a finished run."""
+        return self.folder / f"{experiment.name}.jsonl"
+
+    def run(self, experiment: Experiment) -> Path:
+        """The folder in which a run is trained."""
+        return self.folder / "runs" / experiment.name
+
+    def finished(self) -> dict[str, Run]:
+        """The finished runs by name; raises ValueError if a record is invalid, or another's."""
+        done = records.read(self.folder)
+        for experiment in self.experiments:
+            if experiment.name in done:
+                records.check_same(experiment, done[experiment.name], self.record(experiment))
+        return done
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"{folder} cannot be created: {error.strerror}; give another folder with --results"
+        ) from error
+
+
+def with_seeds(experiments: Sequence[Experiment], seeds: int) -> list[Experiment]:
+    """The same runs with another number of seeds."""
+    kinds = dict.fromkeys(dataclasses.replace(each, seed=0) for each in experiments)
+    return [dataclasses.replace(each, seed=seed) for seed in range(seeds) for each in kinds]
+
+
+def make_missing(work: Work) -> list[InUse]:
     """Trains what is missing, run by run, except for runs that another process holds.
 
     Returns:
       For each of the latter, who holds it.
     """
-    folder = options.results / options.preset
     while True:
-        done = finished(experiments, folder)  # again: other processes may have finished some
-        missing = [experiment for experiment in experiments if experiment.name not in done]
+        done = work.finished()  # again: other processes may have finished some
+        missing = [experiment for experiment in work.experiments if experiment.name not in done]
         held = []
         for number, experiment in enumerate(missing):
             try:
-                with lock(folder_of(experiment, options)):
-                    if path_of(experiment, options).exists():  # since the records were read
+                with lock(work.run(experiment)):
+                    if work.record(experiment).exists():  # since the records were read
                         continue
                     print(
-                        f"run {len(experiments) - len(missing) + number + 1} of "
-                        f"{len(experiments)}, {left(missing[number:], options)}: {experiment.name}"
+                        f"run {len(work.experiments) - len(missing) + number + 1} of "
+                        f"{len(work.experiments)}, {left(missing[number:], work)}: "
+                        f"{experiment.name}"
                     )
-                    run(experiment, options)
+                    make(experiment, work)
                     break
             except InUse as error:
                 held.append(error)
@@ -172,61 +297,35 @@ def make_missing(experiments: Sequence[Experiment], options: Options) -> list[In
             return held
 
 
-def folder_of(experiment: Experiment, options: Options) -> Path:
-    """The folder in which a run is trained."""
-    return RUNS / options.preset / experiment.name
-
-
-def path_of(experiment: Experiment, options: Options) -> Path:
-    """The record file of a finished run."""
-    return options.results / options.preset / f"{experiment.name}.jsonl"
-
-
-def run(experiment: Experiment, options: Options) -> None:
+def make(experiment: Experiment, work: Work) -> None:
     """Trains or resumes a run, whose folder the caller has locked, and publishes its records."""
-    folder = folder_of(experiment, options)
+    folder = work.run(experiment)
     begun, checkpoints = (folder / "config.json").exists(), folder / "checkpoints"
     if begun and not checkpoints.exists():  # it was finished, and its record deleted to rerun it
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     diverged = None
     try:
-        train(experiment, Launch(out=folder, data_dir=options.data_dir, resume=begun))
+        train(experiment, Launch(out=folder, data_dir=work.data_dir, resume=begun))
     except NotFinite as error:  # a result as well
         diverged = str(error)
         print(diverged)
-    studies.publish(experiment, folder, path_of(experiment, options), diverged)
+    records.publish(experiment, folder, work.record(experiment), diverged)
     shutil.rmtree(checkpoints, ignore_errors=True)
     jax.clear_caches()
 
 
-def check_same(experiment: Experiment, done: dict[str, Run], folder: Path) -> None:
-    """Raises ValueError if the record under an experiment's name has another recipe."""
-    finished = done.get(experiment.name)
-    if finished and studies.same_results(finished.experiment) != studies.same_results(experiment):
-        changed = [
-            f"{key} is {value} there and {getattr(experiment, key)} in the study"
-            for key, value in dataclasses.asdict(finished.experiment).items()
-            if value != getattr(experiment, key)
-        ]
-        raise ValueError(
-            f"{folder / experiment.name}.jsonl has another recipe: {', '.join(changed)}; "
-            "move it away, or choose another folder with --results"
-        )
-
-
-def show_progress(experiments: Sequence[Experiment], options: Options) -> None:
+def show_progress(work: Work) -> None:
     """Prints how far each run is, and what is wrong with invalid records."""
     done: dict[str, Run] = {}
     invalid: list[ValueError] = []
-    for experiment in experiments:
-        path = path_of(experiment, options)
-        metrics = folder_of(experiment, options) / "metrics.jsonl"
+    for experiment in work.experiments:
+        path, metrics = work.record(experiment), work.run(experiment) / "metrics.jsonl"
         text = "-"
         try:
             if path.exists():
-                found = {experiment.name: studies.read_run(path)}
-                check_same(experiment, found, path.parent)
-                done |= found
+                found = records.read_run(path)
+                records.check_same(experiment, found, path)
+                done[experiment.name] = found
                 text = "done"
             elif metrics.exists():
                 text = f"{len(read_records(metrics.parent))}/{experiment.epochs} epochs"
@@ -236,20 +335,21 @@ def show_progress(experiments: Sequence[Experiment], options: Options) -> None:
         print(f"{text:>12}  {experiment.name}")
     for error in invalid:
         print(error)
-    missing = [experiment for experiment in experiments if experiment.name not in done]
+    missing = [experiment for experiment in work.experiments if experiment.name not in done]
     unknown = "time left unknown while records are invalid"
-    text = unknown if invalid else left(missing, options, measure=True)
-    print(f"{len(done)} of {len(experiments)} done, {text}")
+    text = unknown if invalid else left(missing, work, measure=True)
+    print(f"{len(done)} of {len(work.experiments)} done, {text}")
 
 
-def left(missing: Sequence[Experiment], options: Options, *, measure: bool = False) -> str:
+def left(missing: Sequence[Experiment], work: Work, *, measure: bool = False) -> str:
     """The estimated time of the missing runs, in words; this study's own runs tell most."""
     datasets = {experiment.dataset for experiment in missing}
     rates: estimate.Rates = {}
-    for study in (*STUDIES, options.preset):
-        runs = studies.read(options.results / study).values()
-        rates |= estimate.rates_of(run for run in runs if run.experiment.dataset in datasets)
-    return estimate.time_left(missing, rates, measure=measure)
+    for folder in (*PUBLISHED.glob("*/"), *work.folder.parent.glob("*/"), work.folder):
+        with contextlib.suppress(ValueError):  # an invalid record of another study
+            runs = records.read(folder).values()
+            rates |= estimate.rates_of(run for run in runs if run.experiment.dataset in datasets)
+    return estimate.time_left(missing, rates, measure=measure or not rates)
 
 
 @contextlib.contextmanager

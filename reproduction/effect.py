@@ -11,45 +11,37 @@ A seed takes 200 steps, each with the gradients of two batches. Seeds with a rec
 
 import dataclasses
 import json
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib as mpl
 import numpy as np
 import optax
+import pandas as pd
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from training.config import Experiment, recipe
-from training.program import Arrays, Program
-from training.provenance import environment
 
 from optax_autoscale import measure_effect
-from reproduction.markdown import table
-from reproduction.report import short
+from reproduction.figures import COLORS, common_legend, figure_of
+from reproduction.records import Table, replacing
+from reproduction.report import listed, markdown, short
 from training import cpu, data, devices
+from training.config import Experiment, recipe
 from training.data import Dataset
 from training.optimizers import METHODS, OPTIMIZERS, make_optimizer
-from training.plots import STYLE
+from training.program import Arrays, Data, Program, TrainState
+from training.provenance import environment
 
 STEPS = 200
 BURN_IN = 20  # initial steps that the medians leave out
 EXPERIMENT = dataclasses.replace(recipe("cifar100"), method="none")
 COMPARED = (
-    "centering",
-    "scaling",
-    "autoscale",
-    "autoscale_p1",
-    "gradient_centralization",
-    "gradient_normalization",
-    "zscore",
-    "clip",
+    *("centering", "scaling", "autoscale", "autoscale_p1"),
+    *("gradient_centralization", "gradient_normalization", "zscore", "clip"),
 )
 # Not methods, but AdamW on a second, independent batch at the same parameters: in every step, or
 # only in the current step.
@@ -58,6 +50,7 @@ OTHERS = {
     OTHER_BATCHES: "AdamW, other batches in every step",
     OTHER_BATCH: "AdamW, another batch in this step",
 }
+DRAWN = ("autoscale", "scaling", "centering", "zscore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +68,14 @@ class Options:
 
 
 class Trajectory(NamedTuple):
-    """The record of one seed; arrays of shape `(steps,)`."""
+    """The record of one seed."""
 
     description: dict[str, Any]
-    global_std: np.ndarray  # of the raw gradients, s_t of the paper
-    scale_factor: dict[str, np.ndarray]  # a_t of each method that has one
-    norm_ratio: dict[str, np.ndarray]  # of each method's update and AdamW's
-    cosine: dict[str, np.ndarray]
+    global_std: np.ndarray  # of the raw gradients, s_t of the paper; shape=(steps,)
+    # By step, a column for each method:
+    scale_factor: Table  # a_t, of the methods that have one
+    norm_ratio: Table  # of the method's update and AdamW's
+    cosine: Table
 
 
 def main() -> None:
@@ -102,28 +96,25 @@ def main() -> None:
 def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> None:
     """Writes the record of a run: one line with its description, then one for each step.
 
-    If the file exists, this does nothing. Until the record is complete, its name ends in `.part`.
+    If the file exists, this does nothing; until the record is complete, there is none.
     """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     description = {
-        "command": shlex.join(["python", "-m", "reproduction.effect"]),
+        "command": "python -m reproduction.effect",
         "config": dataclasses.asdict(experiment),
         "steps": steps,
         **environment(),
     }
-    with part.open("w") as file:
+    with replacing(path) as part, part.open("w") as file:
         file.write(json.dumps(description) + "\n")
         for line in measure(experiment, dataset, steps):
             file.write(json.dumps(line) + "\n")
-            file.flush()
             if line["step"] % 20 == 0:
                 print(
                     f"{path}: step {line['step']} of {steps}, loss {line['loss']:.3f}", flush=True
                 )
-    part.replace(path)
 
 
 def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[dict[str, Any]]:
@@ -140,7 +131,7 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     """
     mesh = devices.make_mesh()
     program, everywhere = Program(experiment, dataset, mesh), devices.replicated(mesh)
-    data = program.put(dataset.train_images, dataset.train_labels)
+    images = program.put(dataset.train_images, dataset.train_labels)
     schedule, decay = program.schedule, experiment.weight_decay
     plain = OPTIMIZERS[experiment.optimizer].make(schedule, decay)
     meters: dict[str, Any] = {
@@ -155,10 +146,20 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     def first_effects(params: Arrays) -> dict[str, Any]:
         return {name: meter.init(params) for name, meter in meters.items()}
 
+    def gradients(state: TrainState, data: Data, order: jax.Array) -> Arrays:
+        x, y = program.batch(state, data, order)
+        return jax.grad(program.loss, has_aux=True)(state.params, state.batch_stats, x, y)[0]
+
     @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
-    def compare(effects: Any, params: Arrays, grads: Arrays, others: Arrays) -> Any:
+    def compare(
+        effects: Any, state: TrainState, data: Data, order: jax.Array, other_order: jax.Array
+    ) -> Any:
+        grads = gradients(state, data, order)
+        # The second batch comes from another order of the images, with another seed for its
+        # augmentation.
+        others = gradients(state._replace(seed=state.seed + np.uint32(2**31)), data, other_order)
         effects = {
-            name: meter.update(grads, effects[name], params, other_grads=others)[1]
+            name: meter.update(grads, effects[name], state.params, other_grads=others)[1]
             for name, meter in meters.items()
         }
         keys = ("scale_factor", "norm_ratio", "cosine")
@@ -172,14 +173,11 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
     effects = first_effects(state.params)
     for step in range(steps):
         epoch = 1 + step // program.steps_per_epoch
-        # The second batch comes from another order of the images, with another seed for its
-        # augmentation.
-        twin, params = state._replace(seed=state.seed + np.uint32(2**31)), state.params
-        other_order = program.epoch_order(np.int32(2**30 + epoch))
-        _, other = program.train_step(twin, data, other_order, gradients=True)
-        order = program.epoch_order(np.int32(epoch))
-        state, measured = program.train_step(state, data, order, gradients=True)
-        effects, numbers = compare(effects, params, measured.grads, other.grads)
+        order, other_order = (
+            program.epoch_order(np.int32(number)) for number in (epoch, 2**30 + epoch)
+        )
+        effects, numbers = compare(effects, state, images, order, other_order)
+        state, measured = program.train_step(state, images, order)
         yield {
             "step": step + 1,
             "seconds": round(time.perf_counter() - start, 1),
@@ -230,30 +228,20 @@ def closed_form(global_std: np.ndarray, scale_factor: np.ndarray) -> np.ndarray:
 
 
 def moving_average(values: np.ndarray, decay: float) -> np.ndarray:
-    """The exponential moving average over the first axis, with Adam's bias correction."""
-    mean, means = np.zeros_like(values[0]), []
-    for step, value in enumerate(values, start=1):
-        mean = decay * mean + (1 - decay) * value
-        means.append(mean / (1 - decay**step))
-    return np.array(means)
+    """The exponential moving average, with Adam's bias correction."""
+    return pd.Series(values).ewm(alpha=1 - decay, adjust=True).mean().to_numpy()
 
 
 def read(path: Path) -> Trajectory:
     """The record in a file."""
     first, *lines = map(json.loads, path.read_text().splitlines())
-
-    def column(key: str) -> dict[str, np.ndarray]:
-        return {name: np.array([line[key][name] for line in lines]) for name in lines[0][key]}
-
-    return Trajectory(
-        first,
-        np.array([line["global_std"] for line in lines]),
-        *(column(key) for key in ("scale_factor", "norm_ratio", "cosine")),
-    )
+    keys = ("scale_factor", "norm_ratio", "cosine")
+    frames = (pd.DataFrame([line[key] for line in lines]) for key in keys)
+    return Trajectory(first, np.array([line["global_std"] for line in lines]), *frames)
 
 
 def write_report(folder: Path) -> None:
-    """Writes `REPORT.md` and `effect.png` from the records in a folder.
+    """Writes `REPORT.md` and its figure from the records in a folder.
 
     Raises:
       ValueError: if there is no record.
@@ -261,7 +249,8 @@ def write_report(folder: Path) -> None:
     runs = [read(path) for path in sorted(folder.glob("seed*.jsonl"))]
     if not runs:
         raise ValueError(f"{folder} holds no records; run it without --report")
-    draw(runs, folder / "effect.png")
+    with figure_of(folder / "effect", (9, 3.6)) as figure:
+        draw(figure, runs)
     (folder / "REPORT.md").write_text(report(runs))
 
 
@@ -269,110 +258,98 @@ def report(runs: Sequence[Trajectory]) -> str:
     """The report's text; the comments in it mark the parts that the guide includes."""
     rows = []
     for name in (*COMPARED, *OTHERS):
-        rows.append(
-            [
-                label(name),
-                over_seeds([run.norm_ratio[name] for run in runs]),
-                over_seeds([run.cosine[name] for run in runs]),
-                over_seeds([100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1),
-            ]
-        )
+        numbers = {
+            "norm ratio": over_seeds([run.norm_ratio[name] for run in runs]),
+            "cosine": over_seeds([run.cosine[name] for run in runs]),
+            "unexplained, %": over_seeds(
+                [100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1
+            ),
+        }
+        rows.append({"followed by AdamW": label(name)} | numbers)
         if name == "scaling":
-            forms = over_seeds([expected(run) for run in runs])
-            rows.append(["*the same in closed form*", forms, "*1*", "*0*"])
-    header = ["followed by AdamW", "norm ratio", "cosine", "unexplained, %"]
-    first = runs[0].description
-    steps, seeds = first["steps"], len(runs)
+            form = (
+                "*the same in closed form*",
+                over_seeds(list(map(expected, runs))),
+                "*1*",
+                "*0*",
+            )
+            rows.append(dict(zip(rows[-1], form, strict=True)))
+    first, seeds = runs[0].description, len(runs)
+    steps = first["steps"]
     start, end = (
-        over_seeds([run.scale_factor["scaling"][[step]] for run in runs], skip=0)
+        over_seeds([run.scale_factor["scaling"].iloc[[step]] for run in runs], skip=0)
         for step in (0, -1)
     )
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
-    commits = ", ".join(sorted({short(run.description["commit"]) for run in runs}))
-    lines = [
-        "# What the methods do to AdamW's steps",
-        "",
-        "ResNet-20 on CIFAR-100 with the paper's recipe as we read it, trained by AdamW alone: the "
-        f"first {steps} of 39,000 steps, {seeds} seeds. Every method, followed by its own AdamW, "
-        "gets the gradients of that run. For comparison, AdamW on a second, independent batch at "
-        "the same parameters.",
-        "",
-        "<!-- table -->",
-        "",
-        table(header, rows),
-        "",
-        f"Medians over the steps after step {BURN_IN}: the median of the {seeds} seeds, and in "
-        "brackets the smallest and the largest. *Unexplained* is the share of the squared step "
-        "that no learning rate of AdamW would have produced: $1 - \\mathrm{cosine}^2$. The "
-        f"scale factor $a_t$ of Autoscale was {start} in the first step and {end} in the last.",
-        "",
-        "<!-- figure -->",
-        "",
-        "![Norm ratio, and share of the step that no learning rate explains, over the steps, by "
-        "method](effect.png)",
-        "",
-        f"*Each method's step compared with AdamW's, over the first {steps} steps. Left: the ratio "
-        "of their norms; black and dashed, its closed form for the scaling. Right: the share of "
-        "the squared step that no learning rate of AdamW explains. Lines are means over "
-        f"{seeds} seeds, bands range from the smallest to the largest.*",
-        "",
-        "<!-- command -->",
-        "",
-        "```sh",
-        "python -m reproduction.effect --data-dir ~/tensorflow_datasets",
-        "python -m reproduction.effect --report    # this page, from the records beside it",
-        "```",
-        "",
-        f"{first['device_count']} x {first['device']}; {versions}; commit {commits}.",
-    ]
-    return "\n".join(lines) + "\n"
+    commits = listed(short(run.description["commit"]) for run in runs)
+    return f"""\
+# What the methods do to AdamW's steps
+
+ResNet-20 on CIFAR-100 with the paper's recipe as we read it, trained by AdamW alone: the first \
+{steps} of 39,000 steps, {seeds} seeds. Every method, followed by its own AdamW, gets the \
+gradients of that run. For comparison, AdamW on a second, independent batch at the same parameters.
+
+<!-- table -->
+
+{markdown(rows)}
+
+Medians over the steps after step {BURN_IN}: the median of the {seeds} seeds, and in brackets the \
+smallest and the largest. *Unexplained* is the share of the squared step that no learning rate of \
+AdamW would have produced: $1 - \\mathrm{{cosine}}^2$. The scale factor $a_t$ of Autoscale was \
+{start} in the first step and {end} in the last.
+
+<!-- figure -->
+
+![Norm ratio, and share of the step that no learning rate explains, over the steps, by \
+method](effect.png)
+
+*Each method's step compared with AdamW's, over the first {steps} steps. Left: the ratio of their \
+norms; black and dashed, its closed form for the scaling. Right: the share of the squared step \
+that no learning rate of AdamW explains. Lines are means over {seeds} seeds, bands range from the \
+smallest to the largest. The other methods are in the table.*
+
+<!-- command -->
+
+```sh
+python -m reproduction.effect --data-dir ~/tensorflow_datasets
+python -m reproduction.effect --report    # this page, from the records beside it
+```
+
+{first["device_count"]} x {first["device"]}; {versions}; commit {commits}.
+"""
 
 
-def draw(runs: Sequence[Trajectory], path: Path) -> None:
+def draw(figure: Figure, runs: Sequence[Trajectory]) -> None:
     """Draws the ratio of norms, and the share that no learning rate explains, over the steps."""
-    panels: list[tuple[str, Callable[[Trajectory, str], np.ndarray]]] = [
-        ("Norm ratio", lambda run, name: run.norm_ratio[name]),
-        ("Share that no learning rate explains", lambda run, name: 1 - run.cosine[name] ** 2),
-    ]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for each, (title, values) in zip(axes, panels, strict=True):
-            for name in (*COMPARED, *OTHERS):
-                look = METHODS.get(name)
-                color, line = (look.color, look.line) if look else ("#999999", line_of(name))
-                band(each, [values(run, name) for run in runs], color, line, label(name))
-            each.set(title=title, xlabel="step")
-        forms = np.mean([expected(run) for run in runs], axis=0)
-        axes[0].plot(1 + np.arange(len(forms)), forms, "k--", linewidth=1, label="closed form")
-        axes[0].set(yscale="log", yticks=(0.5, 0.7, 1, 1.4, 2), yticklabels=(0.5, 0.7, 1, 1.4, 2))
-        axes[0].minorticks_off()
-        axes[1].set(yscale="log", ylim=(1e-3, 1))
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        figure.savefig(path, dpi=120)
-
-
-def line_of(name: str) -> str:
-    return "-" if name == OTHER_BATCHES else ":"
-
-
-def band(axes: Axes, values: Sequence[np.ndarray], color: str, line: Any, name: str) -> None:
-    """Draws the mean over seeds, and the range from the smallest to the largest."""
-    x, low, high = 1 + np.arange(len(values[0])), np.min(values, axis=0), np.max(values, axis=0)
-    axes.plot(x, np.mean(values, axis=0), color=color, linestyle=line, label=name, linewidth=1.2)
-    axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    left, right = figure.subplots(1, 2)
+    panels = (left, [run.norm_ratio for run in runs]), (right, [1 - run.cosine**2 for run in runs])
+    for axes, values in panels:
+        for name in DRAWN:
+            lines = np.array([each[name] for each in values])
+            steps = np.arange(1, lines.shape[1] + 1)
+            axes.plot(steps, lines.mean(0), color=COLORS[name], label=label(name), linewidth=1.2)
+            axes.fill_between(
+                steps, lines.min(0), lines.max(0), color=COLORS[name], alpha=0.12, linewidth=0
+            )
+    forms = np.mean([expected(run) for run in runs], axis=0)
+    left.plot(1 + np.arange(len(forms)), forms, "k--", linewidth=1, label="scaling in closed form")
+    left.set(title="Norm ratio", xlabel="step", yscale="log")
+    left.set_yticks((0.5, 0.7, 1, 1.4), ("0.5", "0.7", "1", "1.4"))
+    left.minorticks_off()
+    title = "Share that no learning rate explains"
+    right.set(title=title, xlabel="step", yscale="log", ylim=(1e-3, 1))
+    common_legend(figure, [left])
 
 
 def expected(run: Trajectory) -> np.ndarray:
-    return closed_form(run.global_std, run.scale_factor["scaling"])
+    return closed_form(run.global_std, run.scale_factor["scaling"].to_numpy())
 
 
 def label(name: str) -> str:
     return OTHERS.get(name) or METHODS[name].label
 
 
-def over_seeds(values: Sequence[np.ndarray], *, skip: int = BURN_IN, digits: int = 3) -> str:
+def over_seeds(values: Sequence[Any], *, skip: int = BURN_IN, digits: int = 3) -> str:
     """The median over seeds of the medians over steps, with the smallest and the largest of those.
 
     >>> over_seeds([np.array([9.0, 1.0]), np.array([9.0, 2.0]), np.array([9.0, 4.0])], skip=1)

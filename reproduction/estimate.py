@@ -11,7 +11,8 @@ import numpy as np
 from training.config import Experiment
 from training.program import Program
 
-from reproduction.studies import Run, cost
+from reproduction.records import Run
+from reproduction.studies import cost
 from training import data, devices
 
 MEASURED_STEPS = 3
@@ -62,8 +63,7 @@ def time_left(missing: Sequence[Experiment], rates: Rates, *, measure: bool = Fa
     if not missing:
         return "nothing left"
     unknown = {each.model: each for each in missing if each.model not in rates}
-    known = any(each.model in rates for each in missing)
-    sources = ["finished runs on such devices"] if known or not measure else []
+    sources = ["finished runs on such devices"] * any(each.model in rates for each in missing)
     if measure and unknown:
         rates = rates | {model: measured_rate(each) for model, each in unknown.items()}
         sources.append(f"{MEASURED_STEPS} steps of {', '.join(unknown)}")
@@ -71,4 +71,5 @@ def time_left(missing: Sequence[Experiment], rates: Rates, *, measure: bool = Fa
         return "time left unknown until a run has finished"
     other = statistics.median(rates.values())
     seconds = sum(cost(each) * rates.get(each.model, other) for each in missing)
-    return f"about {timedelta(seconds=round(seconds))} left, by the rate of {' and '.join(sources)}"
+    by = " and ".join(sources or ["finished runs of other models"])
+    return f"about {timedelta(seconds=round(seconds))} left, by the rate of {by}"

@@ -1,7 +1,9 @@
-"""The figures of a study, drawn after the paper's Figures 1 to 4."""
+"""The figures of a study, some of them drawn after the paper's Figures 1 to 4."""
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,71 +13,110 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reproduction.files import replacing
-from reproduction.groups import Arm, Group
-from reproduction.studies import Run
-from training.optimizers import METHODS
+from reproduction.presets import PAPER_ACCURACY, PRESETS
+from reproduction.records import Table, by_epoch, replacing, table
+from reproduction.statistics import MARGIN, differences
+from reproduction.studies import Study, describe
 from training.plots import STYLE, plot_layers
 
 SEEDS = "; lines are means over seeds, bands their standard deviation."
+# Okabe and Ito's colors, told apart by the color-blind, and three more.
+COLORS = {
+    "none": "#000000",
+    "gradient_normalization": "#009E73",
+    "gradient_centralization": "#0072B2",
+    "zscore": "#CC79A7",
+    "clip": "#999999",
+    "centering": "#E69F00",
+    "scaling": "#56B4E9",
+    "constant": "#8C510A",
+    "autoscale": "#D55E00",
+    "autoscale_p1": "#D55E00",
+    "autoscale_direction": "#332288",
+    "autoscale_norm": "#999933",
+}
+OTHER = "#666666"
+LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
+# Whose effect on the steps is drawn, as far as it was measured: four of them, in this order.
+EFFECTS = (
+    *("autoscale", "scaling", "centering", "zscore"),
+    *("gradient_centralization", "gradient_normalization"),
+)
+
+Look = tuple[str, Any]  # color, and line as Matplotlib has it
+Groups = Sequence[tuple[Any, Table]]  # title and runs
 
 
-def draw(groups: Sequence[Group], folder: Path) -> list[tuple[str, str, str]]:
+def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
     """Draws all figures for which there are records, each as PNG and SVG.
 
+    Args:
+      study: the study.
+      runs: the table of those of its runs that exist.
+      found: its differences.
+      folder: where the files are written.
+
     Returns:
-      For each figure the name of its file, its title, and the rest of its caption.
+      The figures with their captions, in Markdown.
     """
-    traced = [group for group in groups if group.finished("autoscale")]
-    if any(group.dataset == "cifar10" for group in traced):  # as in the paper
-        traced = [group for group in traced if group.dataset == "cifar10"]
-    mapped = [group for group in traced if group.model == "vgg16_bn"] or traced[:1]
-    pictures: list[tuple[str, str, str, Callable[[Figure, Any], None], Sequence[Group]]] = [
+    runs = runs[runs["records"].map(len) > 0]
+    looks = looks_of(runs)
+    runs = runs.assign(look=runs["arm"].map(looks))
+    done = runs[runs["state"] == "finished"]
+    traced = done[(done["method"] == "autoscale") & study.preset]
+    if (traced["dataset"] == "cifar10").any():  # as in the paper
+        traced = traced[traced["dataset"] == "cifar10"]
+    compared = done[done.groupby("group")["arm"].transform("nunique") > 1]
+    known = found[found["value"].notna()] if len(found) else found
+    dots = "; lines are means over seeds, dots the seeds."
+    pictures: list[tuple[str, Groups, Callable[[Figure, Groups], None], str, str]] = [
         (
-            "figure1",
+            *("differences", groups(known), forests, "Differences in test accuracy"),
+            f", with 95% intervals; dots are the seeds, the band is {MARGIN:g} point on each side.",
+        ),
+        *(
+            (name, varied(done, name), partial(against, name=name), title, dots)
+            for name in ("learning_rate", "weight_decay")
+            for title in [f"Test accuracy against the {name.replace('_', ' ')}"]
+        ),
+        ("curves", groups(runs) if not study.preset else [], curves, "The runs by epoch", SEEDS),
+        (
+            *("figure1", groups(traced), layers),
             "Standard deviation of each layer's gradient under Autoscale",
             ", from the first layer (dark) to the last (bright); means over seeds.",
-            layers,
-            traced,
         ),
         (
-            "figure2",
+            *("figure2", groups(traced), dynamics),
             "Global standard deviation of the gradients under Autoscale, and its factor",
             SEEDS,
-            dynamics,
-            traced,
         ),
         (
-            "figure3",
-            "Factor that each exponent gives for the standard deviations measured under Autoscale",
+            *("figure3", groups(traced), exponents, "Factor with p = 2 and with p = 1"),
+            ", of the standard deviations measured under Autoscale" + SEEDS,
+        ),
+        (
+            *("figure4", groups(compared) if study.preset else [], gains),
+            "Test accuracy by epoch, minus the plain optimizer's",
             SEEDS,
-            exponents,
-            mapped,
         ),
         (
-            "figure4",
-            "Test accuracy by method",
-            SEEDS,
-            accuracies,
-            [group for group in groups if len(group.shown) > 1],
-        ),
-        (
-            "effect",
-            "Norm of each method's update relative to the plain optimizer's, in the first epoch",
-            "; means over seeds.",
-            effects,
-            [group for group in groups if any(map(effect_by_step, group.shown.values()))],
+            *("effect", [each for each in groups(done) if affecting(each[1])], effects),
+            "Norm of the update relative to the plain optimizer's, in the first epoch",
+            "; means over seeds. The other methods are in the table.",
         ),
     ]
-    drawn = []
-    for name, title, rest, picture, shown in pictures:
-        if shown:
-            rows = 2 if picture is dynamics else 1
-            width = len(shown) * (2 if picture is exponents else 1)
-            with figure_of(folder / name, (1 + 3.2 * max(width, 1.5), 0.6 + 2.4 * rows)) as figure:
-                picture(figure, shown)
-            drawn.append((name, title, rest))
-    return drawn
+    shown = []
+    for name, there, paint, title, caption in pictures:
+        if there:
+            with figure_of(folder / name, (1 + 3.2 * max(len(there), 1.5), 3)) as figure:
+                paint(figure, there)
+            shown.append(f"![{title}]({name}.png)\n\n*{title}{caption}*")
+    return shown
+
+
+def groups(rows: Table) -> Groups:
+    """The groups of a table, by title."""
+    return list(rows.groupby("group", sort=False)) if len(rows) else []
 
 
 @contextlib.contextmanager
@@ -90,86 +131,230 @@ def figure_of(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
             figure.savefig(part, format="svg", metadata={"Date": None})
 
 
-def layers(figure: Figure, groups: Sequence[Group]) -> None:
-    """Figure 1: the standard deviation of each layer's gradient, by epoch."""
+def looks_of(runs: Table) -> dict[str, Look]:
+    """A color for the method of each arm, and a line; no two arms have the same."""
+    looks: dict[str, Look] = {}
+    for arm, method in zip(runs["arm"], runs["method"], strict=True):
+        if arm not in looks:
+            color = COLORS.get(method, OTHER)
+            lines = LINES[1:] if method == "autoscale_p1" else LINES
+            free = [line for line in lines if (color, line) not in looks.values()]
+            looks[arm] = color, (free or lines)[0]
+    return looks
+
+
+def panels(figure: Figure, groups: Groups, ylabel: str) -> Iterator[tuple[Axes, str, Table]]:
+    """Axes in a row for the groups, with one legend."""
     all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, group in zip(all_axes, groups, strict=True):
-        runs = group.finished("autoscale")
-        names = runs[0].records[0]["layer_std"]
-        means = {
-            layer: np.mean([[r["layer_std"][layer] for r in run.records] for run in runs], axis=0)
-            for layer in names
-        }
-        plot_layers(figure, axes, epochs(runs), means)
-        finish(axes, group.title, yscale="log")
-    all_axes[0].set_ylabel("gradient std of each layer")
+    for axes, (title, runs) in zip(all_axes, groups, strict=True):
+        yield axes, title, runs
+    all_axes[0].set_ylabel(ylabel)
+    common_legend(figure, all_axes)
 
 
-def dynamics(figure: Figure, groups: Sequence[Group]) -> None:
+def layers(figure: Figure, groups: Groups) -> None:
+    """Figure 1: the standard deviation of each layer's gradient, by epoch."""
+    for axes, title, runs in panels(figure, groups, "gradient std of each layer"):
+        stds = np.array(
+            [[list(r["layer_std"].values()) for r in records] for records in runs["records"]]
+        )
+        names = runs["records"].iloc[0][0]["layer_std"]
+        means = dict(zip(names, stds.mean(0).T.tolist(), strict=True))
+        plot_layers(figure, axes, list(range(1, stds.shape[1] + 1)), means)
+        finish(axes, title, yscale="log")
+
+
+def dynamics(figure: Figure, groups: Groups) -> None:
     """Figure 2: the global standard deviation, and below it the factor, by epoch."""
+    figure.set_figheight(5.4)
     grid = figure.subplots(2, len(groups), squeeze=False, sharex="col")
-    for (above, below), group in zip(grid.T, groups, strict=True):
-        runs = group.finished("autoscale")
-        band(above, epochs(runs), values(runs, "global_std"), "autoscale")
-        band(below, epochs(runs), values(runs, "scale_factor"), "autoscale")
-        finish(above, group.title, xlabel="")
+    for (above, below), (title, runs) in zip(grid.T, groups, strict=True):
+        band(above, by_epoch(runs, "global_std"), (COLORS["autoscale"], "-"))
+        band(below, by_epoch(runs, "scale_factor"), (COLORS["autoscale"], "-"))
+        finish(above, title, xlabel="")
         finish(below, "")
     grid[0, 0].set_ylabel("global gradient std $s_t$")
     grid[1, 0].set_ylabel("scale factor $a_t$")
 
 
-def exponents(figure: Figure, groups: Sequence[Group]) -> None:
-    """Figure 3: the factor with p = 2 and with p = 1."""
-    all_axes = figure.subplots(1, 2 * len(groups), squeeze=False)[0]
-    for index, axes in enumerate(all_axes):
-        group, exponent = groups[index // 2], 2 - index % 2
-        runs = group.finished("autoscale")
-        factors = (4 / np.abs(np.log(values(runs, "global_std")))) ** exponent
-        band(axes, epochs(runs), factors, f"autoscale_p{exponent}")
-        finish(axes, f"{group.title}, $p_t = {exponent}$")
-    all_axes[0].set_ylabel("scale factor $a_t$")
+def exponents(figure: Figure, groups: Groups) -> None:
+    """Figure 3: the factor with p = 2 and with p = 1, on the same network."""
+    for axes, title, runs in panels(figure, groups, "scale factor $a_t$"):
+        for exponent, look in ((2, (COLORS["autoscale"], "-")), (1, ("#0072B2", "--"))):
+            factors = (4 / np.log(by_epoch(runs, "global_std")).abs()) ** exponent
+            band(axes, factors, look, f"p = {exponent}")
+        finish(axes, title)
+        axes.set_ylim(0)
 
 
-def accuracies(figure: Figure, groups: Sequence[Group]) -> None:
-    """Figure 4: the test accuracy by epoch and method."""
-    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, group in zip(all_axes, groups, strict=True):
-        for arm in group.shown.values():
-            if runs := arm.finished:
-                percent = 100 * values(runs, "test_accuracy")
-                band(axes, epochs(runs), percent, arm.method, arm.line, arm.label)
-        finish(axes, group.title)
-    all_axes[0].set_ylabel("test accuracy, %")
-    common_legend(figure, all_axes)
+def gains(figure: Figure, groups: Groups) -> None:
+    """Figure 4: the test accuracy by epoch, as the difference from the plain optimizer."""
+    for axes, title, runs in panels(figure, groups, "test accuracy minus plain, points"):
+        first = plain_arm(runs)
+        plain = by_epoch(runs[runs["arm"] == first], "test_accuracy")
+        axes.axhline(0, color="black", linewidth=0.8)
+        for arm, each in runs[runs["arm"] != first].groupby("arm", sort=False):
+            difference = 100 * (by_epoch(each, "test_accuracy") - plain).dropna()
+            band(axes, difference, each["look"].iloc[0], str(arm))
+        finish(axes, title)
 
 
-def effects(figure: Figure, groups: Sequence[Group]) -> None:
+def plain_arm(runs: Table) -> str:
+    """The arm that the others are compared with."""
+    plain = runs[runs["method"] == "none"]
+    return (plain if len(plain) else runs)["arm"].iloc[0]
+
+
+def curves(figure: Figure, groups: Groups) -> None:
+    """What was recorded by epoch: a row for each group, a column for each quantity."""
+    names = {
+        "test_accuracy": "test accuracy, %",
+        "test_loss": "test loss",
+        "global_std": "global gradient std $s_t$",
+        "scale_factor": "scale factor $a_t$",
+        "update_norm_ratio": "update norm, relative to plain",
+    }
+    there = [
+        name
+        for name in names
+        if any(by_epoch(runs, name).notna().to_numpy().any() for _, runs in groups)
+    ]
+    figure.set_size_inches(1 + 3.2 * len(there), 0.6 + 2.4 * len(groups))
+    grid = figure.subplots(len(groups), len(there), squeeze=False)
+    for row, (title, runs) in zip(grid, groups, strict=True):
+        for axes, name in zip(row, there, strict=True):
+            for arm, each in runs.groupby("arm", sort=False):
+                values = by_epoch(each, name).dropna(how="all")
+                if len(values):
+                    band(
+                        axes,
+                        values * (100 if "accuracy" in name else 1),
+                        each["look"].iloc[0],
+                        str(arm),
+                    )
+            finish(axes, "", yscale="log" if name == "global_std" else "linear")
+            axes.set_ylabel(names[name])
+        row[0].set_title(title, loc="left")
+    common_legend(figure, list(grid.flat))
+
+
+def varied(runs: Table, name: str) -> Groups:
+    """The runs among which an option has several values, by title."""
+    other = "weight_decay" if name == "learning_rate" else "learning_rate"
+    found = []
+    for (repeat, *_), each in runs.groupby(
+        ["repeat", "dataset", "optimizer", "model", "epochs", other], sort=False
+    ):
+        if each[name].nunique() > 1:
+            it = each["experiment"].iloc[0]
+            words = [describe(it, key) for key in ("dataset", "optimizer", other)]
+            found.append(
+                (", ".join([describe(it, "model"), *words, *[repeat] * bool(repeat)]), each)
+            )
+    return found
+
+
+def against(figure: Figure, groups: Groups, name: str) -> None:
+    """The accuracy against an option, a line for each method, the seeds as dots."""
+    for axes, title, runs in panels(figure, groups, "test accuracy, %"):
+        for method, each in runs.groupby("method", sort=False):
+            color = COLORS.get(str(method), OTHER)
+            line = "--" if method == "autoscale_p1" else "-"
+            text = describe(each["experiment"].iloc[0], "method")
+            means = each.groupby(name)["accuracy"].mean()
+            axes.plot(means, line, marker="_", color=color, label=text, linewidth=1.5)
+            axes.plot(each[name], each["accuracy"], "o", color=color, markersize=3, alpha=0.6)
+        ticks = sorted(set(runs[name]))
+        smallest = min(tick for tick in ticks if tick > 0)
+        axes.set_xscale("symlog", linthresh=smallest) if ticks[0] == 0 else axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set(title=textwrap.fill(title, 32), xlabel=name.replace("_", " "))
+
+
+def affecting(runs: Table) -> list[str]:
+    """The arms whose effect is drawn, with its first epoch recorded by step."""
+    measured = [
+        (EFFECTS.index(method), arm)
+        for arm, method, records in zip(runs["arm"], runs["method"], runs["records"], strict=True)
+        if method in EFFECTS and records[0]["update_norm_ratio_by_step"]
+    ]
+    return list(dict.fromkeys(arm for _, arm in sorted(measured)))[:4]
+
+
+def effects(figure: Figure, groups: Groups) -> None:
     """The ratio of norms by step of the first epoch, and method."""
-    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for axes, group in zip(all_axes, groups, strict=True):
+    for axes, title, runs in panels(figure, groups, "norm, relative to plain"):
         axes.axhline(1, color="black", linewidth=0.8)
-        for arm in group.shown.values():
-            if ratios := effect_by_step(arm):
-                mean = np.mean(ratios, axis=0)
-                color = METHODS[arm.method].color
-                axes.plot(
-                    np.arange(1, len(mean) + 1),
-                    mean,
-                    linestyle=arm.line,
-                    color=color,
-                    label=arm.label,
-                    linewidth=1.2,
-                )
-        finish(axes, group.title, xlabel="step")
-    all_axes[0].set_ylabel("norm, relative to plain")
-    common_legend(figure, all_axes)
+        for arm in affecting(runs):
+            there = runs[runs["arm"] == arm]
+            ratios = [records[0]["update_norm_ratio_by_step"] for records in there["records"]]
+            mean, (color, line) = np.mean(ratios, axis=0), there["look"].iloc[0]
+            steps = np.arange(1, len(mean) + 1)
+            axes.plot(steps, mean, linestyle=line, color=color, label=arm, linewidth=1.2)
+        finish(axes, title, xlabel="step")
 
 
-def effect_by_step(arm: Arm) -> list[list[float]]:
-    """The ratios of norms of each run that has them, by step of its first epoch."""
-    runs = arm.finished if arm.method != "none" else []
-    by_step = [run.records[0]["update_norm_ratio_by_step"] for run in runs]
-    return [ratios for ratios in by_step if ratios]
+def forests(figure: Figure, groups: Groups) -> None:
+    """The differences of each group, one below the other."""
+    heights = [len(rows) + 1.4 for _, rows in groups]
+    figure.set_size_inches(7, 0.5 + 0.24 * sum(heights))
+    grid = figure.subplots(
+        len(groups), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
+    )
+    for axes, (title, rows) in zip(grid[:, 0], groups, strict=True):
+        forest(axes, rows, list(rows["label"]))
+        axes.set_title(title, loc="right")  # it may be wider than the axes
+    grid[-1, 0].set_xlabel("points of test accuracy")
+
+
+def forest(axes: Axes, rows: Table, labels: Sequence[str]) -> None:
+    """Differences with their intervals and seeds."""
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvspan(-MARGIN, MARGIN, color="black", alpha=0.07, linewidth=0)
+    for place, (_, row) in enumerate(rows.iterrows()):
+        # Without the last digits, which the version of NumPy or SciPy may change.
+        value, low, high = (round(row[key], 6) for key in ("value", "low", "high"))
+        ours = row["label"].startswith("Autoscale minus")
+        color = COLORS["autoscale" if ours else "none"]
+        seeds = row["by_seed"].round(6)
+        axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=2.5, alpha=0.4)
+        axes.plot([low, high], [place, place], color=color, linewidth=1.5)
+        axes.plot(value, place, "o", color=color, markersize=5)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+
+
+def draw_verdict(results: Path) -> None:
+    """Draws `verdict.png`, if there are records: Autoscale on CIFAR-100, and below it on digits."""
+    found = {}
+    for name in ("cifar100", "digits"):
+        study, runs = PRESETS[name], table(PRESETS[name], results / name)
+        rows = differences(study, runs)
+        rows = rows[(rows["repeat"] == "") & rows["low"].notna()]
+        rows = rows[rows["label"].str.startswith("Autoscale minus")]
+        found[name] = rows[~rows["label"].str.contains("midpoint|Normalization|Centralization")]
+    if not all(map(len, found.values())):
+        return
+    ours = (found["cifar100"], found["digits"])
+    with figure_of(results / "verdict", (6.5, 3.6)) as figure:
+        above, below = figure.subplots(
+            2, 1, sharex=True, gridspec_kw={"height_ratios": [len(rows) + 1 for rows in ours]}
+        )
+        names = ours[0]["label"].str.removeprefix("Autoscale ") + [
+            f" ({n} seeds)" for n in ours[0]["n"]
+        ]
+        forest(above, ours[0], list(names))
+        paper = PAPER_ACCURACY["resnet20"]
+        claimed = paper["autoscale"] - paper["none"]
+        above.plot(claimed, 0, "D", color="black", fillstyle="none")
+        above.annotate("the paper,\n200 epochs", (claimed + 0.15, 0), va="center", fontsize=7)
+        above.set_title("Autoscale on CIFAR-100, ResNet-20, 20 epochs", loc="left")
+        networks = ours[1]["group"].str.partition(" on ")[0]
+        forest(below, ours[1], [f"{name}, minus AdamW" for name in networks])
+        below.set_title("Autoscale on digits, 10 epochs", loc="left")
+        below.set_xlabel("points of test accuracy; 95% intervals, dots are seeds")
 
 
 def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
@@ -192,25 +377,14 @@ def common_legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
         drawn.remove()
 
 
-def epochs(runs: Sequence[Run]) -> list[int]:
-    return [record["epoch"] for record in runs[0].records]
+def band(axes: Axes, values: Table, look: Look, name: str = "") -> None:
+    """Draws the mean over the rows by column, and the standard deviation around it."""
+    (color, line), mean, std = look, values.mean(), values.std().fillna(0)
+    marker = "o" if len(mean) == 1 else ""
+    axes.plot(mean, linestyle=line, marker=marker, color=color, label=name, linewidth=1.5)
+    axes.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.08, linewidth=0)
 
 
-def values(runs: Sequence[Run], name: str) -> np.ndarray:
-    """A recorded value, of shape `(seeds, epochs)`."""
-    return np.array([[record[name] for record in run.records] for run in runs], float)
-
-
-def band(
-    axes: Axes, x: Sequence[int], y: np.ndarray, method: str, line: Any = None, name: str = ""
-) -> None:
-    """Draws the mean over the first axis of `y`, and its standard deviation around it."""
-    look = METHODS[method]
-    mean, std = y.mean(0), y.std(0, ddof=1) if len(y) > 1 else np.zeros(y.shape[1])
-    axes.plot(x, mean, linestyle=line or look.line, color=look.color, label=name, linewidth=1.5)
-    axes.fill_between(x, mean - std, mean + std, color=look.color, alpha=0.08, linewidth=0)
-
-
-def finish(axes: Axes, title: str, *, yscale: str = "linear", xlabel: str = "epoch") -> None:
-    axes.set(title=title, yscale=yscale, xlabel=xlabel)
+def finish(axes: Axes, title: str, *, yscale: Any = "linear", xlabel: str = "epoch") -> None:
+    axes.set(title=textwrap.fill(title, 32), yscale=yscale, xlabel=xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,222 +1,272 @@
-"""The studies: which runs each of them is made of, and where their records are."""
+"""Studies: which runs they are made of, and which of their differences are tested."""
 
 import dataclasses
+import itertools
 import json
-import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from training.config import Experiment, experiment_of, option, recipe
+import tyro
 
 from models import MODELS
-from reproduction.files import replacing
+from training.config import Experiment, experiment_of, option
 from training.data import DATASETS
-from training.record import SCHEMA, Record, RecordError, parse_records, read_records
+from training.optimizers import OPTIMIZERS, method_label
 
-# The first line of a record file.
-DESCRIPTION = (
-    *("schema", "config", "command", "num_classes", "channels"),
-    *("versions", "device", "device_count", "commit", "diverged"),
-)
+FILE = "study.json"  # the options of a study of one's own
 
-# The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
-PAPER_ACCURACY = {
-    "resnet20": {
-        "none": 59.32,
-        "gradient_normalization": 59.58,
-        "gradient_centralization": 60.72,
-        "zscore": 59.53,
-        "autoscale": 61.34,
-    },
-    "resnet56": {
-        "none": 70.01,
-        "gradient_normalization": 70.50,
-        "gradient_centralization": 69.73,
-        "zscore": 68.58,
-        "autoscale": 71.29,
-    },
-    "vgg16_bn": {
-        "none": 74.54,
-        "gradient_normalization": 74.18,
-        "gradient_centralization": 73.82,
-        "zscore": 73.91,
-        "autoscale": 74.54,
-    },
-}
-PAPER_MODELS = tuple(PAPER_ACCURACY)
-PAPER_METHODS = tuple(PAPER_ACCURACY["resnet20"])
+NO_HINT = tyro.conf.arg(help_behavior_hint="")  # of a default that the help describes itself
+
+Kind = Literal["primary", "family", "descriptive", "exploratory"]
+Arms = Mapping[str, Experiment]  # by label, the first run of each
 
 
-class Grid(NamedTuple):
-    """Runs of one recipe: every model with every method, `seeds` times."""
+class Family(NamedTuple):
+    """Differences that are tested together, or that are only described."""
 
-    recipe: Experiment
-    models: tuple[str, ...]
-    methods: tuple[str, ...]
-    seeds: int
+    title: str
+    kind: Kind
+    contrasts: list[dict[str, float]]  # weights of arms: {"Autoscale": 1, "AdamW": -1}
+    pool: Sequence[str] = ()  # arms whose residuals are pooled, and that tests wait for; (): all
 
-    def experiments(self, seeds: int | None) -> list[Experiment]:
-        """Its runs, those of the first `seeds` seeds (default: as many as the grid has)."""
-        return [
-            dataclasses.replace(self.recipe, model=model, method=method, seed=seed)
-            for model in self.models
-            for method in self.methods
-            for seed in range(self.seeds if seeds is None else seeds)
-        ]
+
+def versus_plain(arms: Arms) -> list[Family]:
+    """Every arm against the plain optimizer; against the first arm, if there is none."""
+    first = next((label for label, it in arms.items() if it.method == "none"), next(iter(arms)))
+    contrasts = [{label: 1.0, first: -1.0} for label in arms if label != first]
+    return [Family(f"Every arm against {first}", "family", contrasts)]
 
 
 class Study(NamedTuple):
-    """Grids that are reported together, and their description."""
+    """Runs that are reported together.
 
+    Runs are compared within a group. A group has several arms, and an arm has runs that differ in
+    their seeds.
+    """
+
+    name: str
     title: str
-    scale: str  # for captions
-    grids: tuple[Grid, ...]
+    experiments: tuple[Experiment, ...]  # in the order in which they are made
+    scale: str = ""  # for captions
+    groups: tuple[str, ...] = ("dataset", "optimizer", "model")  # options that tell groups apart
+    arms: tuple[str, ...] = ("method",)  # options that tell arms apart
+    families: Callable[[Arms], list[Family]] = versus_plain
     plan: str = ""  # hypotheses, tests and margins, fixed before the runs
+    preset: bool = False
+    fixed_before: bool = True  # whether the tests were chosen before the first run
+    runs: tuple[Path, ...] = ()  # folders of train.py that it is made of, in place of a grid
 
-    def experiments(self, seeds: int | None = None) -> list[Experiment]:
-        """All runs, grid by grid: the cheapest first, all methods of a seed before the next seed.
+    def group(self, experiment: Experiment) -> str:
+        """The title of a run's group."""
+        title = f"{MODELS[experiment.model].label} on {DATASETS[experiment.dataset].label}"
+        more = [name for name in self.groups if name not in ("dataset", "model")]
+        return ", ".join([title, *(describe(experiment, name) for name in more)])
 
-        So an unfinished study still compares methods on the same seeds.
-        """
-        return [
-            experiment
-            for grid in self.grids
-            for experiment in sorted(grid.experiments(seeds), key=lambda run: (cost(run), run.seed))
-        ]
-
-
-def compressed(experiment: Experiment, epochs: int) -> Experiment:
-    """The recipe in fewer epochs, with the same total decay of the learning rate as in 200."""
-    return dataclasses.replace(experiment, epochs=epochs, decay_epochs=30 * epochs / 200)
+    def arm(self, experiment: Experiment) -> str:
+        """The label of a run's arm."""
+        parts = [describe(experiment, name) for name in self.arms]
+        return ", ".join(dict.fromkeys(filter(None, parts)))
 
 
-def measured(experiment: Experiment) -> Experiment:
-    """The same, with its effect on the plain optimizer's updates recorded."""
-    return dataclasses.replace(experiment, effect=True)
+def describe(experiment: Experiment, name: str) -> str:
+    """An option in titles and labels.
+
+    >>> describe(Experiment(optimizer="sgd", method="none"), "method")
+    'SGD'
+    >>> describe(Experiment(learning_rate=4e-3), "learning_rate")
+    'learning rate 0.004'
+    """
+    it, value = experiment, getattr(experiment, name)
+    labels: dict[str, Callable[[], str]] = {
+        "dataset": lambda: DATASETS[it.dataset].label,
+        "model": lambda: MODELS[it.model].label,
+        "optimizer": lambda: OPTIMIZERS[it.optimizer].label,
+        "method": lambda: method_label(it.method, it.optimizer),
+        "tag": lambda: it.tag.replace("penalty", "penalty x"),
+    }
+    if name in labels:
+        return labels[name]()
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{name.replace('_', ' ')} {text}"
 
 
-DIGITS, DIGITS_SGD = (
-    dataclasses.replace(compressed(recipe("digits", optimizer), 10), train_size=640)
-    for optimizer in ("adamw", "sgd")
-)
-DIGITS_SCALE = (
-    "640 of scikit-learn's digits, enlarged to 16x16 pixels, for 10 epochs, in place of CIFAR-100 "
-    "for 200"
-)
-PARTS = (
-    *("none", "centering", "scaling", "constant", "autoscale", "autoscale_p1"),
-    *("autoscale_direction", "autoscale_norm"),
-)
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Options that take several values; every combination of them is a run."""
 
-CIFAR100 = measured(compressed(recipe("cifar100"), 20))
-# The recipe's total decay in a tenth of its epochs, to first order.
-WEIGHT_DECAY = 5e-5 * 200 / 20
-# The mean of 1 / a_t in a pilot run of 10 epochs, one seed.
-STRONGER = 2.1
+    methods: Annotated[tuple[str, ...], NO_HINT] = ()
+    """Gradient methods (default: none, and --method)."""
+    models: Annotated[tuple[str, ...], NO_HINT] = ()
+    """Networks (default: --model)."""
+    optimizers: Annotated[tuple[str, ...], NO_HINT] = ()
+    """Optimizers (default: --optimizer)."""
+    learning_rates: Annotated[tuple[float, ...], NO_HINT] = ()
+    """Learning rates (default: --learning-rate; for several --optimizers the default of each)."""
+    weight_decays: Annotated[tuple[float, ...], NO_HINT] = ()
+    """Weight decays (default: --weight-decay)."""
+    seeds: Annotated[int | None, NO_HINT] = None
+    """Number of seeds, from --seed on (default: 5; of a preset, its own)."""
+
+    def resolve(self, experiment: Experiment) -> "Axes":
+        """The axes with the values that they have by default."""
+        it, rates = experiment, self.learning_rates
+        optimizers = self.optimizers or (it.optimizer,)
+        if not rates and len(set(optimizers)) == 1:
+            rates = (usual_rate(it, optimizers[0]),)
+        values = {
+            "methods": self.methods or ("none", it.method),
+            "models": self.models or (it.model,),
+            "optimizers": optimizers,
+            "learning_rates": rates,
+            "weight_decays": self.weight_decays or (it.weight_decay,),
+        }
+        once: dict[str, Any] = {key: tuple(dict.fromkeys(each)) for key, each in values.items()}
+        return Axes(**once, seeds=5 if self.seeds is None else self.seeds)
 
 
-def with_penalty(factor: float) -> Experiment:
-    """CIFAR-100 with Adam and an L2 penalty, a multiple of the recipe's."""
-    weight_decay = float(f"{WEIGHT_DECAY * factor:.12g}")
-    tag = "" if factor == 1 else f"penalty{factor:g}"
-    return dataclasses.replace(CIFAR100, optimizer="adam", weight_decay=weight_decay, tag=tag)
+def usual_rate(experiment: Experiment, optimizer: str) -> float:
+    """The learning rate of an experiment, or with another optimizer that one's default."""
+    other = experiment_of(dataclasses.asdict(experiment) | {"optimizer": optimizer})  # if there is
+    same = other == experiment
+    return experiment.learning_rate if same else OPTIMIZERS[optimizer].learning_rate
 
 
-CIFAR100_PLAN = """\
-Fixed before the first run. All runs: ResNet-20 on CIFAR-100 for 20 epochs, the paper's schedule
-compressed in proportion, the same seeds for all methods, so that runs of one seed start from
-the same parameters and see the same batches. The outcome is the test accuracy after the last
-epoch, in points.
+def grid(experiment: Experiment, axes: Axes) -> tuple[Experiment, ...]:
+    """Every combination of the axes' values, the other options being those of `experiment`.
 
-- **A, primary.** `autoscale` against `none` before AdamW, 6 seeds each. Two tests, and no
-  others before all 12 runs are in: the paired t-test at alpha = 0.05, two-sided, and
-  equivalence within 1 point (two one-sided paired t-tests at 0.05). The paper's claim is +2.0
-  points, from one run each.
-- **C, the mechanism.** With Adam and an L2 penalty in place of AdamW, 4 seeds each: `none`,
-  `autoscale`, `none` with the penalty times 2.1 (the mean of 1 / a_t in a pilot run of 10
-  epochs: `autoscale` comes before the penalty, and a factor a_t < 1 there multiplies the
-  penalty's share by 1 / a_t), and `none` with the penalty times 4. Weight decay 5e-4, ten times
-  the recipe's for a tenth of its epochs. Descriptive, with 95% intervals: is `autoscale` nearer
-  to the plain or to the stronger penalty, and would a still stronger one do more?
-- **B, which half acts.** `scaling` and `centering` before AdamW against `none`, 3 seeds each.
-  One family of two tests with Holm's correction.
-- **Baselines.** Gradient Normalization, Gradient Centralization and Z-score before AdamW, 2
-  seeds each: descriptive.
+    The cheapest runs come first, and all methods of a seed before the next seed: a study in
+    progress compares methods on the same seeds. The tag, which is part of a run's name, tells
+    learning rates and weight decays apart.
 
-A run diverges when its loss or gradients are not finite; the rule for it is in
-`reproduction/inference.py`. Secondary, descriptive: the test loss, the mean accuracy of the
-last three epochs, the effect on the updates. Whatever else is looked at later is called
-exploratory."""
+    Raises:
+      ValueError: for an impossible option.
+    """
+    it, axes = experiment, axes.resolve(experiment)
+    runs = []
+    for model, optimizer, decay, method in itertools.product(
+        axes.models, axes.optimizers, axes.weight_decays, axes.methods
+    ):
+        # Names are checked before they are looked up.
+        chosen = experiment_of(
+            dataclasses.asdict(it)
+            | {"method": method, "model": model, "optimizer": optimizer, "weight_decay": decay}
+        )
+        usual = usual_rate(it, optimizer)
+        for rate in axes.learning_rates or (usual,):
+            parts = [it.tag, *[f"lr{rate:.12g}"] * (rate != usual)]
+            parts += [f"wd{decay:.12g}"] * (decay != it.weight_decay)
+            options = {"learning_rate": rate, "tag": "-".join(filter(None, parts))}
+            for seed in range(it.seed, it.seed + (axes.seeds or 0)):
+                options |= {"seed": seed}
+                runs.append(experiment_of(dataclasses.asdict(chosen) | options))
+    return tuple(sorted(runs, key=lambda each: (cost(each), each.seed)))
 
-CIFAR100_GPU_PLAN = f"""\
-All runs of the study [on a CPU](../cifar100/REPORT.md) again, with the same seeds, on one GPU. When
-this was fixed, A was finished there, with +0.48 points (-0.28 to +1.23), and C had 2 runs. So A
-is here a repetition: the paper's claim stays judged by the CPU's, and what the CPU has not
-finished is judged by these runs. Beside them, descriptive, the mean over both devices of each
-seed's difference. By default a GPU multiplies float32 numbers as TF32, and so it does here.
 
-{CIFAR100_PLAN}"""
+def of_grid(name: str, experiment: Experiment, axes: Axes) -> Study:
+    """A study of one's own."""
+    runs, axes = grid(experiment, axes), axes.resolve(experiment)
+    several = {"learning_rate": axes.learning_rates, "weight_decay": axes.weight_decays}
+    more = [key for key, values in several.items() if len(values) > 1]
+    data = DATASETS[experiment.dataset]
+    images = experiment.train_size or data.num_train
+    scale = f"{data.label}, {images:,} training images, {experiment.epochs} epochs"
+    return Study(name, name, runs, scale, ("dataset", "optimizer", "model", *more))
 
-CIFAR100_GRIDS = (
-    Grid(CIFAR100, ("resnet20",), ("none", "autoscale"), 6),
-    Grid(with_penalty(1), ("resnet20",), ("none", "autoscale"), 4),
-    Grid(with_penalty(STRONGER), ("resnet20",), ("none",), 4),
-    Grid(with_penalty(4), ("resnet20",), ("none",), 4),
-    Grid(CIFAR100, ("resnet20",), ("scaling", "centering"), 3),
-    Grid(
-        CIFAR100,
-        ("resnet20",),
-        ("gradient_normalization", "gradient_centralization", "zscore"),
-        2,
-    ),
-)
 
-STUDIES = {
-    "digits": Study(
-        "The paper's comparison, in minutes",
-        DIGITS_SCALE,
-        (Grid(measured(DIGITS), PAPER_MODELS, PAPER_METHODS, 5),),
-    ),
-    "ablation": Study(
-        "Which part of the method does the work?",
-        DIGITS_SCALE,
-        (
-            Grid(measured(DIGITS), ("resnet20",), PARTS, 5),
-            Grid(measured(DIGITS_SGD), ("resnet20",), PARTS, 5),
-        ),
-    ),
-    "vit": Study(
-        "A Vision Transformer",
-        "scikit-learn's digits, enlarged to 16x16 pixels, for 40 epochs",
-        (Grid(measured(compressed(recipe("digits"), 40)), ("vit",), ("none", "autoscale"), 3),),
-    ),
-    "cpu": Study(
-        "The paper's comparison on CIFAR-100, as far as a CPU goes",
-        "CIFAR-100, 5 epochs in place of 200",
-        (Grid(compressed(recipe("cifar100"), 5), ("resnet20",), PAPER_METHODS, 1),),
-    ),
-    "cifar100": Study(
-        "Does it help on CIFAR-100, and why?",
-        "CIFAR-100, 20 epochs in place of 200",
-        CIFAR100_GRIDS,
-        CIFAR100_PLAN,
-    ),
-    "cifar100-gpu": Study(
-        "Does it help on CIFAR-100, and why? Again, on a GPU",
-        "CIFAR-100, 20 epochs in place of 200",
-        CIFAR100_GRIDS,
-        CIFAR100_GPU_PLAN,
-    ),
-    "paper": Study(
-        "The paper's comparison",
-        "the paper's own: CIFAR-100, 200 epochs; its figures: CIFAR-10, 300 epochs",
-        (
-            Grid(measured(recipe("cifar100")), PAPER_MODELS, PAPER_METHODS, 5),
-            Grid(measured(recipe("cifar10")), PAPER_MODELS, ("autoscale",), 1),
-        ),
-    ),
-}
+def of_runs(name: str, runs: Mapping[Path, Experiment]) -> Study:
+    """A study of runs that `train.py` made.
+
+    Arms are told apart by the options in which the runs differ; by their folders, where two runs
+    differ in none.
+    """
+    its = list(runs.values())
+    fields = [field.name for field in dataclasses.fields(Experiment)]
+    apart = [
+        key
+        for key in fields
+        if key not in ("dataset", "model", "seed", "effect", "tag")
+        and len({getattr(it, key) for it in its}) > 1
+    ]
+    if all(it.learning_rate == OPTIMIZERS[it.optimizer].learning_rate for it in its):
+        apart = [key for key in apart if key != "learning_rate"]
+    arms = ("method", *(key for key in apart if key != "method"))
+    for further in ("tag", "folder"):
+        told = {(it.dataset, it.model, it.seed, *(getattr(it, key) for key in arms)) for it in its}
+        if len(told) == len(its):
+            break
+        if further == "folder":
+            its = [
+                dataclasses.replace(it, tag=str(path)) for path, it in zip(runs, its, strict=True)
+            ]
+        arms = (*dict.fromkeys((*arms, "tag")),)
+    groups = ("dataset", *(["optimizer"] if "optimizer" not in arms else []), "model")
+    return Study(name, name, tuple(its), "the runs' own", groups, arms, runs=tuple(runs))
+
+
+class Begun(NamedTuple):
+    """The options of a study of one's own, as its folder keeps them."""
+
+    experiment: Experiment
+    axes: Axes
+    runs: tuple[Path, ...]  # of train.py, in place of a grid
+
+
+def save(folder: Path, begun: Begun) -> None:
+    """Writes the options of a study into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    experiment, axes, runs = begun
+    options = {"experiment": vars(experiment), "axes": vars(axes), "runs": list(map(str, runs))}
+    part = folder / f"{FILE}.part"
+    part.write_text(json.dumps(options, indent=2) + "\n")
+    part.replace(folder / FILE)
+
+
+def load(folder: Path) -> Begun | None:
+    """The options of the study in a folder; None if there is none.
+
+    Raises:
+      ValueError: if the file is damaged; the message names it.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        options = json.loads(path.read_text())
+        values = options["axes"].items()
+        axes: dict[str, Any] = {
+            name: tuple(each) if isinstance(each, list) else each for name, each in values
+        }
+        runs = tuple(map(Path, options["runs"]))
+        return Begun(experiment_of(options["experiment"]), Axes(**axes), runs)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}; put back a copy of it, or give another --name"
+        ) from error
+
+
+def extend(name: str, begun: Begun, experiment: Experiment, axes: Axes) -> Axes:
+    """The axes of a study that was begun, with further values.
+
+    Raises:
+      ValueError: if another option differs.
+    """
+    advice = "give the new study another --name"
+    for key, value in vars(begun.experiment).items():
+        if (given := getattr(experiment, key)) != value:
+            raise ValueError(
+                f"{option(key)} is {given}, and the study {name} was begun with {value}; {advice}"
+            )
+    old, new = begun.axes.resolve(experiment), axes.resolve(experiment)
+    if bool(old.learning_rates) != bool(new.learning_rates):
+        raise ValueError(
+            f"the study {name} cannot have both --learning-rates and the default of each "
+            f"optimizer; {advice}"
+        )
+    united: dict[str, Any] = vars(old) | {"seeds": max(old.seeds or 0, new.seeds or 0)}
+    for key in united.keys() - {"seeds"}:
+        united[key] = tuple(dict.fromkeys((*united[key], *getattr(new, key))))
+    return Axes(**united)
 
 
 def cost(experiment: Experiment) -> float:
@@ -230,104 +280,3 @@ def cost(experiment: Experiment) -> float:
 def same_results(experiment: Experiment) -> Experiment:
     """The experiment without `effect`, the option that does not change its results."""
     return dataclasses.replace(experiment, effect=False)
-
-
-class Run(NamedTuple):
-    """A finished run."""
-
-    experiment: Experiment
-    description: dict[str, Any]  # command, versions, device, commit; what made it diverge, if so
-    records: list[Record]
-
-
-def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> Run:
-    """Writes a finished run's record file: a line that describes it, then its epochs.
-
-    Args:
-      experiment: the run's configuration.
-      folder: the run's folder.
-      path: the file, `results/<study>/<name>.jsonl`.
-      diverged: why the run stopped before its last epoch, if it did.
-
-    Returns:
-      The run, as `read_run` reads it from the file.
-
-    Raises:
-      RecordError: if the folder lacks the records of some epochs; then nothing is written.
-    """
-    default = dataclasses.asdict(recipe(experiment.dataset, experiment.optimizer))
-    options = dataclasses.asdict(experiment)
-    arguments = [
-        option(key) if value is True else f"{option(key)}={value}"
-        for key, value in options.items()
-        if key in ("dataset", "optimizer") or value != default[key]
-    ]
-    description = json.loads((folder / "config.json").read_text())
-    del description["launch"]
-    description |= {
-        "command": shlex.join(["python", "train.py", *arguments]),
-        "diverged": diverged,
-    }
-    # A run that diverged in its first epoch has no records.
-    records = read_records(folder) if (folder / "metrics.jsonl").exists() else []
-    if len(records) != experiment.epochs and not diverged:
-        raise RecordError(
-            f"{folder / 'metrics.jsonl'} has {len(records)} of {experiment.epochs} epochs; "
-            f"remove {folder} to rerun"
-        )
-    lines = [json.dumps(line) for line in (description, *records)]
-    run = _parse(lines, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_text("".join(line + "\n" for line in lines))
-    return run
-
-
-def read_run(path: Path) -> Run:
-    """A finished run, from its record file.
-
-    Raises:
-      RecordError: if the file is not such a record, or is named after another run.
-    """
-    try:
-        run = _parse(path.read_bytes().splitlines(), path)
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    if path.stem != run.experiment.name:
-        raise RecordError(f"{path} is the record of {run.experiment.name}; move it away")
-    return run
-
-
-def read(folder: Path) -> dict[str, Run]:
-    """The finished runs of a study by name, sorted by name.
-
-    Raises:
-      RecordError: if a file is not the record of a run.
-    """
-    return {path.stem: read_run(path) for path in sorted(folder.glob("*.jsonl"))}
-
-
-def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
-    """A finished run, from the lines of its record file `path`; raises RecordError."""
-    try:
-        if not lines:
-            raise ValueError("it is empty")
-        description = json.loads(lines[0])
-        if not isinstance(description, dict):
-            raise ValueError("its first line does not describe one")
-        if (schema := description.get("schema", 1)) != SCHEMA:
-            raise ValueError(f"its schema is {schema}, not {SCHEMA}")
-        if missing := [key for key in DESCRIPTION if key not in description]:
-            raise ValueError(f"missing: {', '.join(missing)}")
-        experiment = experiment_of(description.pop("config"))
-        records = parse_records(lines[1:], path)
-        missed = experiment.epochs - len(records)
-        if missed < 0 or (missed > 0 and not description["diverged"]):
-            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
-        return Run(experiment, description, records)
-    except RecordError as error:
-        raise RecordError(f"{error}; delete it to rerun") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RecordError(
-            f"{path} is not the record of a run: {error}; delete it to rerun"
-        ) from error

@@ -1,10 +1,6 @@
-"""Two processes on one run, and on one study: no work is duplicated, and none is lost."""
+"""Two processes on one run: no work is duplicated, and none is lost."""
 
-import json
 import os
-import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training.lock import LOCK, lock
 
 import train
-from reproduction import studies
+from training.lock import lock
 from training.record import read_records
 
 pytestmark = pytest.mark.slow
@@ -41,22 +36,7 @@ def wait(self, enter=train.RunFolder.__enter__):
 train.RunFolder.__enter__ = wait
 train.main()
 """
-# Four short runs; the figures of their report are tested elsewhere.
-REPRODUCE = f"""{TINY}
-import dataclasses
-from reproduction.studies import STUDIES, Grid
-from reproduction import figures
-import reproduce
-figures.draw = lambda groups, folder: []
-recipe = dataclasses.replace(
-    STUDIES["vit"].grids[0].recipe, train_size=96, batch_size=16, epochs=8
-)
-grid = Grid(recipe, ("resnet20",), ("none", "autoscale"), 2)
-STUDIES["vit"] = STUDIES["vit"]._replace(grids=(grid,))
-reproduce.main()
-"""
 ARGS = ["--train-size", "96", "--batch-size", "16"]
-NAMES = [f"digits-resnet20-{m}-adamw-seed{k}" for k in (0, 1) for m in ("none", "autoscale")]
 CACHE = tempfile.TemporaryDirectory()
 STARTED: list[subprocess.Popen[str]] = []
 
@@ -173,82 +153,3 @@ def test_of_several_processes_of_one_run_the_first_holds_it(tmp_path):
     first.wait()
     with lock(out):
         pass
-
-
-def records(folder: Path, name: str) -> list[dict]:
-    _, *rest = (folder / "results" / "vit" / f"{name}.jsonl").read_text().splitlines()
-    return [json.loads(line) | {"seconds": 0, "images_per_second": 0} for line in rest]
-
-
-def made(output: str) -> list[str]:
-    return re.findall(r"^run \d of 4, .*: (\S+)$", output, re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """The study, run by a single process."""
-    folder = tmp_path_factory.mktemp("alone")
-    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=folder))
-    assert made(stdout) == NAMES
-    return folder
-
-
-def assert_complete(folder: Path, alone: Path) -> None:
-    results = folder / "results" / "vit"
-    assert list(studies.read(results)) == sorted(NAMES)
-    for name in NAMES:
-        assert records(folder, name) == records(alone, name)
-        assert not (folder / "runs" / "vit" / name / "checkpoints").exists()
-    assert "All 4 planned runs are in." in (results / "REPORT.md").read_text()
-    assert not list(results.glob("*.part"))
-
-
-def test_two_processes_share_a_study(alone, tmp_path):
-    both = [start(REPRODUCE, "--preset", "vit", cwd=tmp_path) for _ in range(2)]
-    outputs = [finish(process)[0] for process in both]
-    assert sorted(made(outputs[0]) + made(outputs[1])) == sorted(NAMES)
-    assert all(made(output) for output in outputs)
-    assert any("REPORT.md holds the report of 4 runs" in output for output in outputs)
-    assert_complete(tmp_path, alone)
-
-
-def test_what_another_process_holds_is_left_to_it_and_what_it_leaves_is_taken(alone, tmp_path):
-    held = tmp_path / "runs" / "vit" / NAMES[0]
-    first = start(REPRODUCE, "--preset", "vit", cwd=tmp_path)
-    wait_for(lambda: lines(held / "metrics.jsonl") > 0, first)
-    first.send_signal(signal.SIGSTOP)
-    before = {path: path.stat().st_mtime_ns for path in held.rglob("*") if path.name != LOCK}
-
-    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=tmp_path))
-    assert made(stdout) == NAMES[1:]
-    assert f"{held.relative_to(tmp_path)} is in use by process {first.pid} on {HOST}\n" in stdout
-    assert "1 of 4 runs are left to other processes" in stdout
-    assert "REPORT.md holds the report of 3 runs" in stdout
-    assert before == {
-        path: path.stat().st_mtime_ns for path in held.rglob("*") if path.name != LOCK
-    }
-
-    first.kill()
-    first.communicate()
-    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=tmp_path))
-    assert made(stdout) == NAMES[:1]
-    assert_complete(tmp_path, alone)
-
-
-def test_nothing_is_reported_where_nothing_is_done_yet(tmp_path):
-    for name in NAMES[:2]:
-        (tmp_path / "runs" / "vit" / name).mkdir(parents=True)
-    with lock(tmp_path / "runs" / "vit" / NAMES[0]), lock(tmp_path / "runs" / "vit" / NAMES[1]):
-        stdout, stderr = finish(start(REPRODUCE, "--preset", "vit", "--seeds=1", cwd=tmp_path))
-    assert stderr == ""
-    assert stdout.count(f"is in use by process {os.getpid()} on {HOST}\n") == 2
-    assert "2 of 2 runs are left to other processes" in stdout
-
-
-def test_a_run_whose_record_was_deleted_is_made_again(alone, tmp_path):
-    folder = tmp_path / "study"
-    shutil.copytree(alone, folder)
-    (folder / "results" / "vit" / f"{NAMES[2]}.jsonl").unlink()
-    stdout, _ = finish(start(REPRODUCE, "--preset", "vit", cwd=folder))
-    assert made(stdout) == NAMES[2:3]
-    assert_complete(folder, alone)

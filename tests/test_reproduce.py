@@ -1,137 +1,240 @@
-"""A study as a user runs it: interrupted in every way, and complete in the end."""
+"""A study from the command line: interrupted, shared, extended, and complete in the end."""
 
-import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import reproduce
-from reproduction.studies import STUDIES, Grid
+from reproduction import records, studies
+from reproduction.studies import Axes
+from training.config import Experiment
+from training.lock import LOCK, lock
 
-pytestmark = pytest.mark.slow
 ROOT = Path(reproduce.__file__).parent
-# reproduce.py as it is, with two short runs of a network that compiles in no time.
+# reproduce.py as it is, with a network that compiles in no time.
 CHILD = """
-import dataclasses, sys
 from functools import partial
 import models
 tiny = partial(models.resnet8, widths=(4, 8))
 models.MODELS["resnet20"] = models.MODELS["resnet20"]._replace(make=tiny)
-from reproduction.studies import STUDIES, Grid
 import reproduce
-study = STUDIES["vit"]
-recipe = dataclasses.replace(study.grids[0].recipe, train_size=96, batch_size=16, epochs=4)
-grid = Grid(recipe, ("resnet20",), ("none", "autoscale"), 1)
-STUDIES["vit"] = study._replace(grids=(grid,))
 reproduce.main()
 """
-NAMES = ("digits-resnet20-none-adamw-seed0", "digits-resnet20-autoscale-adamw-seed0")
+MINE = ["--name=mine", "--seeds=2", "--epochs=6", "--train-size=96", "--batch-size=16"]
+NAMES = [f"digits-resnet20-{m}-adamw-seed{k}" for k in (0, 1) for m in ("none", "autoscale")]
+CACHE = tempfile.TemporaryDirectory()
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
 
 
 def start(folder: Path, *args: str) -> subprocess.Popen[str]:
-    env = os.environ | {
+    env = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
     }
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, "--preset", "vit", *args],
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *(args or MINE)],
         cwd=folder,
-        env=env,
+        env=os.environ | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen[str], returncode: int = 0) -> str:
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == returncode, stderr
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == returncode, (stdout, stderr)
+    assert "Traceback" not in stderr
     return stdout + stderr
 
 
-def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < lines:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def records(folder: Path, name: str) -> list[dict]:
-    _, *lines = (folder / "results" / "vit" / f"{name}.jsonl").read_text().splitlines()
-    untimed = [json.loads(line) for line in lines]
-    return [line | {"seconds": 0, "images_per_second": 0} for line in untimed]
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def call(folder: Path, monkeypatch, *args: str) -> None:
+def metrics(folder: Path, name: str) -> Path:
+    return folder / "studies" / "mine" / "runs" / name / "metrics.jsonl"
+
+
+def made(output: str) -> list[str]:
+    return re.findall(r"^run \d of \d+, .*: (\S+)$", output, re.MULTILINE)
+
+
+def untimed(folder: Path, name: str) -> list[dict]:
+    _, *rest = (folder / "studies" / "mine" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) | {"seconds": 0, "images_per_second": 0} for line in rest]
+
+
+def call(monkeypatch, folder: Path, *args: str) -> None:
     """The same in this process, for what trains nothing."""
-    study = STUDIES["vit"]
-    recipe = dataclasses.replace(study.grids[0].recipe, train_size=96, batch_size=16, epochs=4)
-    grid = Grid(recipe, ("resnet20",), ("none", "autoscale"), 1)
-    monkeypatch.setitem(STUDIES, "vit", study._replace(grids=(grid,)))
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--preset", "vit", *args])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *args])
     monkeypatch.chdir(folder)
     reproduce.main()
 
 
-def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
-    tmp_path, monkeypatch, capsys
-):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    output = finish(start(whole))
-    assert "run 2 of 2, about 0:00:" in output
-    assert f"{Path('results', 'vit', 'REPORT.md')} holds the report of 2 runs" in output
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The study, run by a single process."""
+    folder = tmp_path_factory.mktemp("alone")
+    output = finish(start(folder))
+    assert made(output) == NAMES
+    assert re.search(r"^run 1 of 4, about 0:\d\d:\d\d left, by the rate of 3 steps", output, re.M)
+    assert "Autoscale minus AdamW: " in output
+    assert output.endswith("studies/mine/REPORT.md holds the report of 4 runs\n")
+    return folder
 
-    process = start(broken)
-    wait_for(broken / "runs" / "vit" / NAMES[0] / "metrics.jsonl", 2, process)
+
+def assert_complete(folder: Path, alone: Path) -> None:
+    mine = folder / "studies" / "mine"
+    assert list(records.read(mine)) == sorted(NAMES)
+    for name in NAMES:
+        assert untimed(folder, name) == untimed(alone, name)
+        assert not (mine / "runs" / name / "checkpoints").exists()
+    assert "| 1 x cpu | 4 | 4 |" in (mine / "REPORT.md").read_text()
+    assert not list(mine.glob("*.part"))
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
+    alone, tmp_path, monkeypatch, capsys
+):
+    process = start(tmp_path)
+    wait_for(lambda: lines(metrics(tmp_path, NAMES[0])) > 1, process)
     process.kill()
     process.communicate()
-    assert not list(broken.glob("results/vit/*.jsonl"))
-    call(broken, monkeypatch, "--dry-run")
+    call(monkeypatch, tmp_path, "--name=mine", "--dry-run")
     output = capsys.readouterr().out
-    assert f"/4 epochs  {NAMES[0]}" in output
-    assert "0 of 2 done" in output
+    assert re.search(rf"\d/6 epochs  {NAMES[0]}", output)
+    assert "0 of 4 done, about " in output
 
-    process = start(broken)
-    wait_for(broken / "runs" / "vit" / NAMES[1] / "metrics.jsonl", 1, process)
+    process = start(tmp_path, "--name=mine")  # its options are in its folder
+    wait_for(lambda: lines(metrics(tmp_path, NAMES[1])) > 0, process)
     process.send_signal(signal.SIGTERM)
     assert "run the same command again to continue" in finish(process, 128 + signal.SIGTERM)
-    finish(start(broken))
-    for name in NAMES:
-        assert records(broken, name) == records(whole, name)
-    call(broken, monkeypatch, "--dry-run")
-    assert "2 of 2 done, nothing left" in capsys.readouterr().out
-    assert not (broken / "runs" / "vit" / NAMES[0] / "checkpoints").exists()
+    finish(start(tmp_path, "--name=mine"))
+    assert_complete(tmp_path, alone)
 
-    results = broken / "results" / "vit"
-    report = (results / "REPORT.md").read_bytes()
-    (results / "REPORT.md").unlink()
-    call(broken, monkeypatch, "--report")
-    assert (results / "REPORT.md").read_bytes() == report
-
-    record = results / f"{NAMES[0]}.jsonl"
-    record.write_text(record.read_text().replace('"batch_size": 16', '"batch_size": 32'))
-    with pytest.raises(SystemExit) as stopped:
-        call(broken, monkeypatch)
-    assert "batch_size is 32 there and 16 in the study; move it away" in str(stopped.value)
+    report = tmp_path / "studies" / "mine" / "REPORT.md"
+    written = report.read_bytes()
+    report.unlink()
+    call(monkeypatch, tmp_path, "--name=mine", "--report")
+    assert report.read_bytes() == written
 
 
-def test_hours_are_kept(tmp_path):
+@pytest.mark.slow
+def test_further_values_extend_a_study(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "studies" / "mine" / f"{NAMES[2]}.jsonl").unlink()  # which is made again
+    output = finish(start(tmp_path, "--name=mine", "--methods=clip", "--seeds=1"))
+    clip = [f"digits-resnet20-clip-adamw-seed{seed}" for seed in (0, 1)]
+    assert sorted(made(output)) == sorted([NAMES[2], *clip])
+    assert untimed(tmp_path, NAMES[2]) == untimed(alone, NAMES[2])
+    assert "Clipping minus AdamW" in (tmp_path / "studies" / "mine" / "REPORT.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_and_one_that_stands_still_is_left_alone(alone, tmp_path):
+    both = [start(tmp_path) for _ in range(2)]
+    outputs = [finish(process) for process in both]
+    assert sorted(made(outputs[0]) + made(outputs[1])) == sorted(NAMES)
+    assert all(made(output) for output in outputs)
+    assert_complete(tmp_path, alone)
+
+    shutil.rmtree(tmp_path / "studies")
+    first, held = start(tmp_path), metrics(tmp_path, NAMES[0]).parent
+    wait_for(lambda: lines(held / "metrics.jsonl") > 0, first)
+    first.send_signal(signal.SIGSTOP)
+
+    def contents() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in held.rglob("*") if path.name != LOCK}
+
+    before = contents()
+    output = finish(start(tmp_path))
+    assert made(output) == NAMES[1:]
+    owner = f"process {first.pid} on {socket.gethostname()}"
+    assert f"{held.relative_to(tmp_path)} is in use by {owner}\n" in output
+    assert "1 of 4 runs are left to other processes" in output
+    assert "REPORT.md holds the report of 3 runs" in output
+    assert before == contents()
+    first.kill()
+    first.communicate()
+    assert made(finish(start(tmp_path))) == NAMES[:1]
+    assert_complete(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_repetition_has_a_folder_of_its_device_and_hours_are_kept(alone, tmp_path):
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     begin = time.monotonic()
-    output = finish(start(tmp_path, "--hours", "0.0001"), 128 + signal.SIGTERM)
+    output = finish(start(tmp_path, "--name=mine", "--repeat", "--hours=0.0001"), 143)
     assert "run the same command again to continue" in output
     assert time.monotonic() - begin < 120
-    assert "Traceback" not in output
+    output = finish(start(tmp_path, "--name=mine", "--repeat"))
+    assert sorted(path.stem for path in tmp_path.glob("studies/mine/cpu/*.jsonl")) == sorted(NAMES)
+    assert output.endswith("holds the report of 8 runs\n")
+
+
+@pytest.mark.slow
+def test_runs_of_train_py_are_reported_from_their_folders(alone, tmp_path, monkeypatch, capsys):
+    runs = [str(alone / "studies" / "mine" / "runs" / name) for name in NAMES]
+    with open(shutil.copytree(runs[3], tmp_path / "half") / "metrics.jsonl", "r+") as file:
+        file.truncate(len(file.readline() + file.readline()))
+    call(monkeypatch, tmp_path, "--name", "seen", "--runs", *runs[:3])
+    call(monkeypatch, tmp_path, "--name", "seen", "--runs", "half")  # one more
+    output = capsys.readouterr().out
+    assert "Autoscale minus AdamW" in output
+    text = (tmp_path / "studies" / "seen" / "REPORT.md").read_text()
+    assert "| Autoscale | 1 | 2 of 6 |" in text
+    assert "| AdamW | 1 | 6 of 6 |" in text
+    assert "Descriptive, not tested." in text  # a run has not finished
+    assert (tmp_path / "studies" / "seen" / "curves.png").exists()
+    call(monkeypatch, tmp_path, "--name", "seen", "--report")
+    assert (tmp_path / "studies" / "seen" / "REPORT.md").read_text() == text
+
+
+def test_a_preset_is_made_in_a_fresh_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.estimate, "measured_rate", lambda it: 1e-9)
+    call(monkeypatch, tmp_path, "--preset", "digits", "--dry-run")
+    output = capsys.readouterr().out
+    assert "0 of 75 done, about 0:" in output
+    call(monkeypatch, tmp_path, "--preset", "digits", "--dry-run", "--seeds", "7")
+    assert "0 of 105 done, about 0:" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -139,17 +242,89 @@ def test_hours_are_kept(tmp_path):
     [
         (["--hours", "0"], "--hours is 0.0; it must be positive"),
         (["--seeds", "-1"], "--seeds is -1; it must be positive"),
-        (
-            ["--results", "file"],
-            "cannot be created: Not a directory; give another folder",
-        ),
-        (["--report"], "holds no records; make them with reproduce.py --preset digits"),
+        (["--results", "file"], "cannot be created: Not a directory; give another folder"),
+        (["--report"], "holds no records; make them without --report"),
+        (["--methods", "none"], "needs a name: give it one with --name"),
+        (["--preset", "vit", "--epochs", "3"], "needs a name: give it one with --name"),
+        (["--preset", "vit", "--name", "x"], "--preset is vit and --name is x; give one"),
+        (["--name", "a/b"], "--name is 'a/b'; it names a folder, and must consist of"),
+        (["--name", "digits"], "--name is 'digits'; .* not be a preset: digits, "),
+        (["--name", "x", "--methods", "nome"], "'nome'; did you mean 'none'"),
+        (["--name", "x", "--runs", "nowhere"], "nowhere does not exist; give the folder of a run"),
+        (["--name", "x", "--report"], "there is no study x in studies; leave out --report"),
+        (["--name", "begun", "--epochs", "9"], "--epochs is 9, and the study begun .* with 2"),
+        (["--name", "begun", "--runs", "run"], "begun cannot have both --runs and runs of its own"),
     ],
 )
-def test_bad_options_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+def test_bad_options_are_one_line(arguments, message, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    experiment = Experiment(epochs=2)
+    axes = Axes().resolve(experiment)
+    studies.save(tmp_path / "studies" / "begun", studies.Begun(experiment, axes, ()))
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main()
-    assert message in str(stopped.value)
+        call(monkeypatch, tmp_path, *arguments)
+    assert re.match(f"reproduce.py: .*{message}", str(stopped.value))
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_dry_run_counts_valid_records_and_names_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.estimate, "measured_rate", lambda it: 1e-9)
+    mine, args = tmp_path / "studies" / "mine", [*MINE[:1], "--seeds=1", *MINE[2:], "--dry-run"]
+    mine.mkdir(parents=True)
+    (mine / f"{NAMES[0]}.jsonl").write_text("{}\n")
+    metrics(tmp_path, NAMES[1]).parent.mkdir(parents=True)
+    metrics(tmp_path, NAMES[1]).write_text("{")
+    call(monkeypatch, tmp_path, *args)
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in output[:2]] == [["invalid", name] for name in NAMES[:2]]
+    assert f"{NAMES[0]}.jsonl is not the record of a run" in output[2]
+    assert "metrics.jsonl is damaged: epoch 1: " in output[3]
+    assert output[4:] == ["0 of 2 done, time left unknown while records are invalid"]
+    with pytest.raises(SystemExit, match=f"{NAMES[0]}.jsonl is not the record of a run"):
+        call(monkeypatch, tmp_path, *args[:-1])  # before anything is trained
+
+
+@pytest.mark.slow
+def test_what_other_processes_do_meanwhile_counts(alone, tmp_path, monkeypatch, capsys):
+    """A run that is finished between the reading of the records and the lock, and the report."""
+    done, mine, trained = alone / "studies" / "mine", tmp_path / "studies" / "mine", []
+
+    def lock_late(folder: Path):
+        if not trained:
+            shutil.copy(done / f"{NAMES[0]}.jsonl", mine)
+        return lock(folder)
+
+    def make(experiment, work) -> None:
+        trained.append(experiment.name)
+        shutil.copy(done / f"{experiment.name}.jsonl", mine)
+
+    def write_slowly(*arguments, write_report=reproduce.write_report):
+        found = write_report(*arguments)
+        shutil.copy(done / f"{NAMES[3]}.jsonl", mine)
+        return found
+
+    monkeypatch.setattr(reproduce, "lock", lock_late)
+    monkeypatch.setattr(reproduce, "make", make)
+    monkeypatch.setattr(reproduce, "write_report", write_slowly)
+    monkeypatch.setattr(reproduce, "make_missing", lambda work: reproduce_missing(work, 3))
+    call(monkeypatch, tmp_path, *MINE)
+    assert trained == NAMES[1:3]
+    assert capsys.readouterr().out.endswith("holds the report of 4 runs\n")
+
+
+def reproduce_missing(work, count: int, make_missing=reproduce.make_missing):
+    """All but the last runs, which are another process's."""
+    return make_missing(work._replace(experiments=work.experiments[:count]))
+
+
+def test_nothing_is_reported_where_nothing_is_done_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "lock", raise_in_use)
+    call(monkeypatch, tmp_path, *MINE)
+    output = capsys.readouterr().out
+    assert output.count(" is in use by another process\n") == 4
+    assert "4 of 4 runs are left to other processes" in output
+    assert not list(tmp_path.rglob("REPORT.md"))
+
+
+def raise_in_use(folder: Path):
+    raise reproduce.InUse(folder, "another process")

@@ -1,0 +1,210 @@
+"""The studies of the paper's claims, with their plans."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from reproduction.studies import Arms, Axes, Family, Study, grid
+from training.config import Experiment, recipe
+
+# The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
+PAPER_METHODS = ("none", "gradient_normalization", "gradient_centralization", "zscore", "autoscale")
+PAPER_ACCURACY = {
+    "resnet20": dict(zip(PAPER_METHODS, (59.32, 59.58, 60.72, 59.53, 61.34), strict=True)),
+    "resnet56": dict(zip(PAPER_METHODS, (70.01, 70.50, 69.73, 68.58, 71.29), strict=True)),
+    "vgg16_bn": dict(zip(PAPER_METHODS, (74.54, 74.18, 73.82, 73.91, 74.54), strict=True)),
+}
+PAPER_MODELS = tuple(PAPER_ACCURACY)
+BASELINES = PAPER_METHODS[1:-1]
+
+PARTS = (
+    *("none", "centering", "scaling", "constant", "autoscale", "autoscale_p1"),
+    *("autoscale_direction", "autoscale_norm"),
+)
+GRAFTED = PARTS[-2:]  # added after the ablation was planned
+
+
+def compressed(experiment: Experiment, epochs: int) -> Experiment:
+    """The recipe in fewer epochs, with the same total decay of the learning rate as in 200."""
+    return dataclasses.replace(experiment, epochs=epochs, decay_epochs=30 * epochs / 200)
+
+
+def measured(experiment: Experiment) -> Experiment:
+    """The same, with its effect on the plain optimizer's updates recorded."""
+    return dataclasses.replace(experiment, effect=True)
+
+
+DIGITS, DIGITS_SGD = (
+    measured(dataclasses.replace(compressed(recipe("digits", optimizer), 10), train_size=640))
+    for optimizer in ("adamw", "sgd")
+)
+DIGITS_SCALE = (
+    "640 of scikit-learn's digits, enlarged to 16x16 pixels, for 10 epochs, in place of CIFAR-100 "
+    "for 200"
+)
+
+CIFAR100 = measured(compressed(recipe("cifar100"), 20))
+# The recipe's total decay in a tenth of its epochs, to first order.
+WEIGHT_DECAY = 5e-5 * 200 / 20
+# The penalty that `autoscale` may amount to: the mean of 1 / a_t in a pilot run of 10 epochs.
+STRONGER, STRONGEST = "penalty2.1", "penalty4"
+
+
+def with_penalty(factor: float) -> Experiment:
+    """CIFAR-100 with Adam and an L2 penalty, a multiple of the recipe's."""
+    weight_decay = float(f"{WEIGHT_DECAY * factor:.12g}")
+    tag = "" if factor == 1 else f"penalty{factor:g}"
+    return dataclasses.replace(CIFAR100, optimizer="adam", weight_decay=weight_decay, tag=tag)
+
+
+CIFAR100_PLAN = """\
+Fixed before the first run. All runs: ResNet-20 on CIFAR-100 for 20 epochs, the paper's schedule
+compressed in proportion, the same seeds for all methods, so that runs of one seed start from
+the same parameters and see the same batches. The outcome is the test accuracy after the last
+epoch, in points.
+
+- **A, primary.** `autoscale` against `none` before AdamW, 6 seeds each. Two tests, and no
+  others before all 12 runs are in: the paired t-test at alpha = 0.05, two-sided, and
+  equivalence within 1 point (two one-sided paired t-tests at 0.05). The paper's claim is +2.0
+  points, from one run each.
+- **C, the mechanism.** With Adam and an L2 penalty in place of AdamW, 4 seeds each: `none`,
+  `autoscale`, `none` with the penalty times 2.1 (the mean of 1 / a_t in a pilot run of 10
+  epochs: `autoscale` comes before the penalty, and a factor a_t < 1 there multiplies the
+  penalty's share by 1 / a_t), and `none` with the penalty times 4. Weight decay 5e-4, ten times
+  the recipe's for a tenth of its epochs. Descriptive, with 95% intervals: is `autoscale` nearer
+  to the plain or to the stronger penalty, and would a still stronger one do more?
+- **B, which half acts.** `scaling` and `centering` before AdamW against `none`, 3 seeds each.
+  One family of two tests with Holm's correction.
+- **Baselines.** Gradient Normalization, Gradient Centralization and Z-score before AdamW, 2
+  seeds each: descriptive.
+
+A run diverges when its loss or gradients are not finite; the rule for it is in
+`reproduction/statistics.py`. Secondary, descriptive: the test loss, the mean accuracy of the
+last three epochs, the effect on the updates. Whatever else is looked at later is called
+exploratory.
+
+**Again on a GPU**, fixed later: all runs again, with the same seeds, on one GPU. When this was
+fixed, A was finished on the CPU, with +0.48 points (-0.28 to +1.23), and C had 2 runs. So A is
+a repetition there: the paper's claim stays judged by the CPU's, and what the CPU has not
+finished is judged by these runs. Beside them, descriptive, the mean over both devices of each
+seed's difference. By default a GPU multiplies float32 numbers as TF32, and so it does here."""
+
+
+def minus(method: str, baseline: str) -> dict[str, float]:
+    """The contrast of two arms."""
+    return {method: 1.0, baseline: -1.0}
+
+
+def table1(arms: Arms) -> list[Family]:
+    """Every method against the plain optimizer, and `autoscale` against every other method."""
+    label = {it.method: name for name, it in arms.items()}
+    planned = [label[method] for method in label if method not in GRAFTED]
+    plain, ours = label.get("none"), label.get("autoscale")
+    to_plain = [minus(arm, plain) for arm in planned if plain and arm != plain]
+    to_ours = [minus(ours, arm) for arm in planned if ours and arm not in (plain, ours)]
+    later = [minus(label[m], to) for m in GRAFTED if m in label for to in (plain, ours) if to]
+    grafting = "Grafting: the norm of one, the direction of another"
+    return [
+        Family("Every method against the plain optimizer", "family", to_plain, planned),
+        Family("Autoscale against every other method", "family", to_ours, planned),
+        Family(grafting, "exploratory", later),
+    ]
+
+
+def cifar100(arms: Arms) -> list[Family]:
+    """What `CIFAR100_PLAN` says."""
+    label = {it.tag or it.method: name for name, it in arms.items()}
+    plain, ours = label["none"], label["autoscale"]
+    if STRONGER in label:
+        stronger, strongest = label[STRONGER], label[STRONGEST]
+        contrasts = [
+            *(minus(ours, plain), minus(ours, stronger)),
+            *(minus(stronger, plain), minus(strongest, stronger)),
+            {ours: 1, plain: -0.5, stronger: -0.5},
+        ]
+        later = [minus(ours, strongest)]
+        return [
+            Family("C, the mechanism: Adam with an L2 penalty", "descriptive", contrasts),
+            Family("C, further: the strongest penalty", "exploratory", later),
+        ]
+    halves = [label["scaling"], label["centering"]]
+    others = [label[method] for method in BASELINES]
+    described = [*(minus(arm, plain) for arm in others), *(minus(ours, arm) for arm in others)]
+    return [
+        Family(
+            "A, primary: Autoscale before AdamW", "primary", [minus(ours, plain)], (plain, ours)
+        ),
+        Family(
+            "B: which half acts, before AdamW",
+            "family",
+            [minus(arm, plain) for arm in halves],
+            (plain, ours, *halves),
+        ),
+        Family("The baselines, before AdamW", "descriptive", described),
+    ]
+
+
+def runs(
+    experiment: Experiment, seeds: int, methods: Sequence[str], models: Sequence[str] = ()
+) -> tuple[Experiment, ...]:
+    """Every model with every method."""
+    return grid(experiment, Axes(tuple(methods), tuple(models), seeds=seeds))
+
+
+def preset(
+    name: str, title: str, scale: str, *grids: Sequence[Experiment], **more: object
+) -> Study:
+    """A study of several grids, each of which is finished before the next one begins."""
+    experiments = tuple(experiment for each in grids for experiment in each)
+    options: dict = {"families": table1, "preset": True} | more
+    return Study(name, title, experiments, scale, **options)
+
+
+PAIR = ("none", "autoscale")
+PRESETS = {
+    study.name: study
+    for study in (
+        preset(
+            "digits",
+            "The paper's comparison, in minutes",
+            DIGITS_SCALE,
+            runs(DIGITS, 5, PAPER_METHODS, PAPER_MODELS),
+            fixed_before=False,
+        ),
+        preset(
+            "ablation",
+            "Which part of the method does the work?",
+            DIGITS_SCALE,
+            runs(DIGITS, 5, PARTS),
+            runs(DIGITS_SGD, 5, PARTS),
+            fixed_before=False,
+        ),
+        preset(
+            "vit",
+            "A Vision Transformer",
+            "scikit-learn's digits, enlarged to 16x16 pixels, for 40 epochs",
+            runs(measured(compressed(recipe("digits"), 40)), 3, PAIR, ["vit"]),
+            fixed_before=False,
+        ),
+        preset(
+            "cifar100",
+            "Does it help on CIFAR-100, and why?",
+            "CIFAR-100, 20 epochs in place of 200",
+            runs(CIFAR100, 6, PAIR),
+            runs(with_penalty(1), 4, PAIR),
+            runs(with_penalty(2.1), 4, ["none"]),
+            runs(with_penalty(4), 4, ["none"]),
+            runs(CIFAR100, 3, ["scaling", "centering"]),
+            runs(CIFAR100, 2, BASELINES),
+            arms=("method", "tag"),
+            families=cifar100,
+            plan=CIFAR100_PLAN,
+        ),
+        preset(
+            "paper",
+            "The paper's comparison",
+            "the paper's own: CIFAR-100, 200 epochs; its figures: CIFAR-10, 300 epochs",
+            runs(measured(recipe("cifar100")), 5, PAPER_METHODS, PAPER_MODELS),
+            runs(measured(recipe("cifar10")), 1, ["autoscale"], PAPER_MODELS),
+        ),
+    )
+}

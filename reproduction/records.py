@@ -1,0 +1,272 @@
+"""The records of finished runs: one file for each, and one table of all that a study has."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from models import MODELS
+from reproduction.studies import Study, same_results
+from training import config
+from training.config import Experiment, experiment_of, option, recipe
+from training.optimizers import METHODS, OPTIMIZERS
+from training.record import SCHEMA, Record, RecordError, parse_records, read_records
+
+# A data frame of pandas, or a row of one, whose contents no type checker knows.
+Table: TypeAlias = Any
+
+# The first line of a record file.
+DESCRIPTION = (
+    *("schema", "config", "command", "num_classes", "channels"),
+    *("versions", "device", "device_count", "commit", "diverged"),
+)
+
+
+class Run(NamedTuple):
+    """A run with its records."""
+
+    experiment: Experiment
+    description: Mapping[str, Any]  # command, versions, device, commit; what made it diverge, if so
+    records: list[Record]
+
+
+def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> Run:
+    """Writes a finished run's record file: a line that describes it, then its epochs.
+
+    Args:
+      experiment: the run's configuration.
+      folder: the run's folder.
+      path: the file; its name is the run's.
+      diverged: why the run stopped before its last epoch, if it did.
+
+    Returns:
+      The run, as `read_run` reads it from the file.
+
+    Raises:
+      RecordError: if the folder lacks the records of some epochs; then nothing is written.
+    """
+    default = dataclasses.asdict(recipe(experiment.dataset, experiment.optimizer))
+    arguments = [
+        option(key) if value is True else f"{option(key)}={value}"
+        for key, value in dataclasses.asdict(experiment).items()
+        if key in ("dataset", "optimizer") or value != default[key]
+    ]
+    description = json.loads((folder / "config.json").read_text())
+    del description["launch"]
+    description |= {
+        "command": shlex.join(["python", "train.py", *arguments]),
+        "diverged": diverged,
+    }
+    # A run that diverged in its first epoch has no records.
+    records = read_records(folder) if (folder / "metrics.jsonl").exists() else []
+    if len(records) != experiment.epochs and not diverged:
+        raise RecordError(
+            f"{folder / 'metrics.jsonl'} has {len(records)} of {experiment.epochs} epochs; "
+            f"remove {folder} to rerun"
+        )
+    lines = [json.dumps(line) for line in (description, *records)]
+    run = _parse(lines, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        part.write_text("".join(line + "\n" for line in lines))
+    return run
+
+
+def read_run(path: Path) -> Run:
+    """A finished run, from its record file.
+
+    Raises:
+      RecordError: if the file is not such a record, or is named after another run.
+    """
+    try:
+        run = _parse(path.read_bytes().splitlines(), path)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    if path.stem != run.experiment.name:
+        raise RecordError(f"{path} is the record of {run.experiment.name}; move it away")
+    return run
+
+
+def read(folder: Path) -> dict[str, Run]:
+    """The finished runs in a folder by name, sorted by name.
+
+    Raises:
+      RecordError: if a file is not the record of a run.
+    """
+    return {path.stem: read_run(path) for path in sorted(folder.glob("*.jsonl"))}
+
+
+def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
+    """A finished run, from the lines of its record file `path`; raises RecordError."""
+    try:
+        if not lines:
+            raise ValueError("it is empty")
+        description = json.loads(lines[0])
+        if not isinstance(description, dict):
+            raise ValueError("its first line does not describe one")
+        if (schema := description.get("schema", 1)) != SCHEMA:
+            raise ValueError(f"its schema is {schema}, not {SCHEMA}")
+        if missing := [key for key in DESCRIPTION if key not in description]:
+            raise ValueError(f"missing: {', '.join(missing)}")
+        experiment = experiment_of(description.pop("config"))
+        records = parse_records(lines[1:], path)
+        missed = experiment.epochs - len(records)
+        if missed < 0 or (missed > 0 and not description["diverged"]):
+            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
+        return Run(experiment, description, records)
+    except RecordError as error:
+        raise RecordError(f"{error}; delete it to rerun") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecordError(
+            f"{path} is not the record of a run: {error}; delete it to rerun"
+        ) from error
+
+
+def read_folder(path: Path) -> Run:
+    """A run that `train.py` made, finished or not.
+
+    Args:
+      path: its folder, or the record file of a study's run.
+
+    Raises:
+      ValueError: if there is no run, or no finished epoch; the message says what may help.
+    """
+    if path.is_file():
+        return read_run(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
+    if not (path / "config.json").exists():
+        raise ValueError(
+            f"{path} is not the folder of a run, since it has no config.json; give one that "
+            "train.py has written"
+        )
+    experiment = config.load(path)
+    if not (path / "metrics.jsonl").exists() or not (records := read_records(path)):
+        raise ValueError(f"{path} has no finished epoch; wait for its first one, or leave it out")
+    description = json.loads((path / "config.json").read_text())
+    return Run(experiment, description | {"diverged": None}, records)
+
+
+def check_same(experiment: Experiment, run: Run, path: Path) -> None:
+    """Raises ValueError if the record under an experiment's name has another recipe."""
+    if same_results(run.experiment) != same_results(experiment):
+        changed = [
+            f"{key} is {value} there and {getattr(experiment, key)} in the study"
+            for key, value in dataclasses.asdict(run.experiment).items()
+            if value != getattr(experiment, key)
+        ]
+        raise ValueError(
+            f"{path} has another recipe: {', '.join(changed)}; move it away, or choose another "
+            "folder with --results"
+        )
+
+
+def table(study: Study, folder: Path) -> Table:
+    """The runs of a study that were planned, and those that exist: a row for each.
+
+    Records lie in the study's folder. Those of a repetition on another device lie in a folder of
+    that device there, and all of the study is planned for it, too.
+
+    Args:
+      study: the study.
+      folder: its folder.
+
+    Returns:
+      Rows by group, arm and seed, as reports show them. The columns are the options of the runs,
+      and
+
+      - experiment: all of the options;
+      - group, arm: title and label;
+      - repeat: the folder of the repetition, or "";
+      - planned: whether the study has the run;
+      - state: finished, diverged, unfinished, or missing;
+      - accuracy: test accuracy after the last epoch in percent, of runs that finished;
+      - device, device_count, commit, versions, diverged: as in the record;
+      - records: the list of epochs.
+
+    Raises:
+      ValueError: if a file is not the record of a run, or its recipe is not the study's.
+    """
+    entries: list[tuple[Experiment, Run | None, str, bool]] = []
+    if study.runs:
+        pairs = zip(study.experiments, map(read_folder, study.runs), strict=True)
+        entries = [(experiment, run, "", True) for experiment, run in pairs]
+    else:
+        for repeat in ("", *sorted({path.parent.name for path in folder.glob("*/*.jsonl")})):
+            found = read(folder / repeat)
+            for experiment in study.experiments:
+                if run := found.pop(experiment.name, None):
+                    check_same(experiment, run, folder / repeat / f"{experiment.name}.jsonl")
+                entries.append((experiment, run, repeat, True))
+            entries += [(run.experiment, run, repeat, False) for run in found.values()]
+    rows = [_row(study, *entry) for entry in entries]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    optimizers, models, methods = list(OPTIMIZERS), list(MODELS), list(METHODS)
+    numbers = [key for key in ("learning_rate", "weight_decay") if key in study.groups]
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        it = row["experiment"]
+        group = (row["dataset"], optimizers.index(it.optimizer), models.index(it.model))
+        arm = (methods.index(it.method), arms.index(row["arm"]))
+        return (row["repeat"], *group, *(row[key] for key in numbers), *arm, it.seed)
+
+    runs: Table = pd.DataFrame(sorted(rows, key=place))
+    if runs["repeat"].nunique() > 1:
+        for _, there in runs.groupby("repeat"):
+            devices = sorted(there["device"].dropna().unique())
+            titles = [", ".join([title, *devices]) for title in there["group"]]
+            runs.loc[there.index, "group"] = titles
+    return runs
+
+
+def _row(
+    study: Study, experiment: Experiment, run: Run | None, repeat: str, planned: bool
+) -> dict[str, Any]:
+    about, records = (run.description, run.records) if run else ({}, [])
+    state = "missing" if run is None else "diverged" if about["diverged"] else "finished"
+    if state == "finished" and len(records) < experiment.epochs:
+        state = "unfinished"
+    copied = ("device", "device_count", "commit", "versions", "diverged")
+    return {
+        **dataclasses.asdict(experiment),
+        "experiment": experiment,
+        "group": study.group(experiment),
+        "arm": study.arm(experiment),
+        "repeat": repeat,
+        "planned": planned,
+        "state": state,
+        "accuracy": 100 * records[-1]["test_accuracy"] if state == "finished" else np.nan,
+        "records": records,
+        **{key: about.get(key) for key in copied},
+    }
+
+
+def by_epoch(runs: Table, name: str) -> Table:
+    """A recorded number: a row for each run, a column for each epoch from 1."""
+    rows = [{record["epoch"]: record[name] for record in records} for records in runs["records"]]
+    return pd.DataFrame(rows, index=runs["seed"], dtype=float).sort_index(axis=1)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which replaces `path` atomically at the end.
+
+    Other processes may read or write the file meanwhile. After an error, `path` is unchanged.
+    """
+    # No other process, on any host, writes to this name.
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

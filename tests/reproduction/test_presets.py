@@ -1,0 +1,107 @@
+"""The presets: what their plans say, and the committed records and reports."""
+
+import dataclasses
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+from reproduction import records
+from reproduction.presets import CIFAR100, PRESETS, compressed
+from reproduction.report import write_report
+from reproduction.studies import cost, same_results
+from training import config
+from training.config import recipe
+from training.optimizers import learning_rate_schedule
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = [name for name in PRESETS if (ROOT / "results" / name).exists()]
+
+
+def test_the_papers_study_is_section_5_of_the_paper():
+    runs = [run for run in PRESETS["paper"].experiments if run.seed == 0]
+    assert Counter((run.dataset, run.epochs) for run in runs) == {
+        ("cifar100", 200): 3 * 5,
+        ("cifar10", 300): 3,
+    }
+    for run in runs:
+        changed = {"model": run.model, "method": run.method, "effect": True}
+        assert run == dataclasses.replace(recipe(run.dataset), **changed)
+
+
+def test_the_same_study_at_any_scale_ends_at_the_same_learning_rate():
+    full = recipe("cifar100")
+    ends = []
+    for run in (full, compressed(full, 5), compressed(full, 20)):
+        schedule = learning_rate_schedule(run.learning_rate, run.decay_epochs, 0, 195)
+        ends.append(float(schedule(run.epochs * 195 - 1)))
+    assert ends == pytest.approx([1e-3 * 0.75**6] * 3)
+
+
+@pytest.mark.parametrize("name", ["digits", "vit"])
+def test_runs_go_by_cost_and_then_by_seed_with_all_methods_of_each(name):
+    runs = PRESETS[name].experiments
+    assert len({run.name for run in runs}) == len(runs)
+    assert [cost(run) for run in runs] == sorted(map(cost, runs))
+    for _, equal in groupby(runs, key=cost):
+        seeds = [(seed, len(list(each))) for seed, each in groupby(equal, key=lambda it: it.seed)]
+        assert [seed for seed, _ in seeds] == list(range(len(seeds)))
+        assert len({count for _, count in seeds}) == 1
+
+
+def test_the_study_on_cifar100_is_what_its_plan_says():
+    runs = PRESETS["cifar100"].experiments
+    assert [run.seed for run in runs[:12]] == [seed for seed in range(6) for _ in range(2)]
+    arms = Counter((run.optimizer, run.method, run.weight_decay) for run in runs)
+    assert arms == {
+        ("adamw", "none", 5e-5): 6,
+        ("adamw", "autoscale", 5e-5): 6,
+        ("adam", "none", 5e-4): 4,
+        ("adam", "autoscale", 5e-4): 4,
+        ("adam", "none", 1.05e-3): 4,
+        ("adam", "none", 2e-3): 4,
+        ("adamw", "scaling", 5e-5): 3,
+        ("adamw", "centering", 5e-5): 3,
+        ("adamw", "gradient_normalization", 5e-5): 2,
+        ("adamw", "gradient_centralization", 5e-5): 2,
+        ("adamw", "zscore", 5e-5): 2,
+    }
+    same = {"method", "optimizer", "weight_decay", "seed", "tag"}
+    for run in runs:
+        changed = {key: getattr(run, key) for key in same}
+        assert run == dataclasses.replace(CIFAR100, **changed)
+    assert (CIFAR100.epochs, CIFAR100.batch_size, CIFAR100.effect) == (20, 256, True)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_committed_records_are_of_their_study_and_say_what_was_migrated(name):
+    planned = [same_results(experiment) for experiment in PRESETS[name].experiments]
+    folders = [ROOT / "results" / name, *(ROOT / "results" / name).glob("*/")]
+    for run in (run for folder in folders for run in records.read(folder).values()):
+        assert same_results(run.experiment) in planned
+        assert config.parse(run.description["command"].split()[2:]).experiment == run.experiment
+        migrated = run.description.get("migrated", {})
+        if "method" in migrated:
+            assert (migrated["method"], run.experiment.method) == ("adamw", "none")
+            command = migrated["command"].replace("--method=adamw", "--method=none")
+            assert command == run.description["command"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_committed_reports_are_those_of_the_committed_records(name, tmp_path):
+    committed, copy = ROOT / "results" / name, tmp_path / "results" / name
+    for path in committed.rglob("*.jsonl"):
+        (copy / path.relative_to(committed)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(committed)).write_bytes(path.read_bytes())
+    write_report(PRESETS[name], copy)
+    pictures = "".join(path.read_text() for path in committed.glob("*.svg"))
+    same_matplotlib = f"Matplotlib v{mpl.__version__}" in pictures
+    made = [path.name for path in copy.iterdir() if path.suffix in (".md", ".png", ".svg")]
+    assert sorted(made) == sorted(
+        path.name for path in committed.iterdir() if path.suffix in (".md", ".png", ".svg")
+    )
+    for file in made:
+        if file == "REPORT.md" or same_matplotlib:
+            assert (copy / file).read_bytes() == (committed / file).read_bytes(), file
