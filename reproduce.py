@@ -25,14 +25,11 @@ from reproduction.records import Run, Table
 from reproduction.report import difference, runs_section, write_report
 from reproduction.studies import NO_HINT, Axes, Begun, Study
 from train import NotFinite, train
-from training import cpu, output
-from training.checkpoints import CheckpointError
-from training.compiled import keep_compiled
-from training.config import Experiment, Launch, check_path, recipe
-from training.devices import exit_at_once
-from training.interruption import Interrupted
-from training.lock import InUse, lock
+from training import UserError, devices
+from training.options import Experiment, Launch, local_path, recipe
 from training.record import read_records
+from training.run_folder import InUse, lock
+from training.signals import one_line_errors
 
 if TYPE_CHECKING:
     Preset: TypeAlias = str
@@ -100,13 +97,21 @@ def parse(args: Sequence[str] | None = None) -> Options:
     options = Options(experiment=usual)
     if folder and (found := studies.load(folder)):
         options = Options(What(runs=found.runs), found.axes, found.experiment)
-    return tyro.cli(
+    options = tyro.cli(
         Options,
         args=args,
         default=options,
         description=Options.__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
+    what = options.study
+    what = dataclasses.replace(
+        what,
+        runs=tuple(local_path("runs", run) for run in what.runs),
+        results=local_path("results", what.results),
+        data_dir=what.data_dir and local_path("data_dir", what.data_dir),
+    )
+    return dataclasses.replace(options, study=what)
 
 
 def check(options: Options) -> None:
@@ -114,21 +119,19 @@ def check(options: Options) -> None:
     what, axes = options.study, options.axes
     for name, value, most in (("hours", what.hours, MAX_HOURS), ("seeds", axes.seeds, MAX_SEEDS)):
         if value is not None and not 0 < value <= most:
-            raise ValueError(f"--{name} is {value}; it must be positive, and at most {most}")
-    for name in ("results", "data_dir"):
-        check_path(name, getattr(what, name) or Path())
+            raise UserError(f"--{name} is {value}; it must be positive, and at most {most}")
     own = dataclasses.replace(axes, seeds=None) != Axes() or options.experiment != recipe()
     if what.name is None and (own or what.runs):
-        raise ValueError("a study of your own needs a name: give it one with --name, such as mine")
+        raise UserError("a study of your own needs a name: give it one with --name, such as mine")
     if what.name is not None and what.preset is not None:
-        raise ValueError(
+        raise UserError(
             f"--preset is {what.preset} and --name is {what.name}; give one of the two: a preset's "
             "runs are fixed"
         )
     if what.name is not None and (
         not re.fullmatch(r"\w[\w.+-]*", what.name) or what.name in PRESETS
     ):
-        raise ValueError(
+        raise UserError(
             f"--name is {what.name!r}; it names a folder, and must consist of letters, digits, "
             f"'.', '+', '-' and '_', and not be a preset: {', '.join(PRESETS)}"
         )
@@ -145,10 +148,10 @@ def study_of(options: Options) -> tuple[Study, Begun | None]:
         return PRESETS[what.preset or "digits"], None
     begun = studies.load(what.results / what.name)
     if begun is None and what.report and not what.runs:
-        raise ValueError(f"there is no study {what.name} in {what.results}; leave out --report")
+        raise UserError(f"there is no study {what.name} in {what.results}; leave out --report")
     if what.runs:
         if axes != Axes() or (begun and not begun.runs):
-            raise ValueError(
+            raise UserError(
                 f"{what.name} cannot have both --runs and runs of its own; give another --name"
             )
         runs = tuple(dict.fromkeys((*(begun.runs if begun else ()), *what.runs)))
@@ -160,16 +163,8 @@ def study_of(options: Options) -> tuple[Study, Begun | None]:
 
 
 def main() -> None:
-    output.outlive_readers()
-    try:
+    with one_line_errors("reproduce.py", advice=CONTINUES):
         reproduce(parse())
-    except Interrupted as error:
-        print(f"reproduce.py: {error}; {CONTINUES}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, CheckpointError) as error:
-        sys.exit(f"reproduce.py: {error}")
 
 
 def reproduce(options: Options) -> None:
@@ -180,9 +175,7 @@ def reproduce(options: Options) -> None:
     experiments = list(study.experiments)
     if study.preset and options.axes.seeds is not None:
         experiments = with_seeds(experiments, options.axes.seeds)
-    cpu.use_cores(min(experiment.batch_size for experiment in experiments))
-    cpu.keep_memory()
-    keep_compiled()
+    devices.prepare(min(experiment.batch_size for experiment in experiments))
     folder = what.results / study.name
     device = jax.devices()[0].device_kind.replace(" ", "-") if what.repeat else ""
     work = Work(experiments, folder / device, what.data_dir)
@@ -360,7 +353,7 @@ def time_limit(hours: float | None) -> Iterator[None]:
         # Between two runs nothing is lost by exiting at once. An exception could be ignored: Python
         # only prints those that are raised in a finalizer or a garbage collector's callback.
         os.write(sys.stderr.fileno(), f"reproduce.py: stopped; {CONTINUES}\n".encode())
-        exit_at_once(128 + number)
+        devices.exit_at_once(128 + number)
 
     previous = signal.signal(signal.SIGTERM, stop)
     timer = None

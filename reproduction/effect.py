@@ -29,12 +29,12 @@ from optax_autoscale import measure_effect
 from reproduction.figures import COLORS, common_legend, figure_of
 from reproduction.records import Table, replacing
 from reproduction.report import listed, markdown, short
-from training import cpu, data, devices
-from training.config import Experiment, recipe
+from training import UserError, data, devices
 from training.data import Dataset
 from training.optimizers import METHODS, OPTIMIZERS, make_optimizer
-from training.program import Arrays, Data, Program, TrainState
-from training.provenance import environment
+from training.options import Experiment, recipe
+from training.record import environment
+from training.step import Arrays, Data, Program, TrainState
 
 STEPS = 200
 BURN_IN = 20  # initial steps that the medians leave out
@@ -82,8 +82,7 @@ def main() -> None:
     options = tyro.cli(Options, description=Options.__doc__)
     try:
         if not options.report:
-            cpu.use_cores(EXPERIMENT.batch_size)
-            cpu.keep_memory()
+            devices.prepare(EXPERIMENT.batch_size)
             dataset = data.load(EXPERIMENT.dataset, options.data_dir)
             for seed in range(options.seeds):
                 experiment = dataclasses.replace(EXPERIMENT, seed=seed)
@@ -248,7 +247,7 @@ def write_report(folder: Path) -> None:
     """
     runs = [read(path) for path in sorted(folder.glob("seed*.jsonl"))]
     if not runs:
-        raise ValueError(f"{folder} holds no records; run it without --report")
+        raise UserError(f"{folder} holds no records; run it without --report")
     with figure_of(folder / "effect", (9, 3.6)) as figure:
         draw(figure, runs)
     (folder / "REPORT.md").write_text(report(runs))

@@ -8,12 +8,12 @@ from datetime import timedelta
 
 import jax
 import numpy as np
-from training.config import Experiment
-from training.program import Program
 
 from reproduction.records import Run
 from reproduction.studies import cost
 from training import data, devices
+from training.options import Experiment
+from training.step import Program
 
 MEASURED_STEPS = 3
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from reproduction.studies import Arms, Axes, Family, Study, grid
-from training.config import Experiment, recipe
+from training.options import Experiment, recipe
 
 # The paper's Table 1: top-1 test accuracy on CIFAR-100 in percent, one run each.
 PAPER_METHODS = ("none", "gradient_normalization", "gradient_centralization", "zscore", "autoscale")

@@ -15,10 +15,10 @@ import pandas as pd
 
 from models import MODELS
 from reproduction.studies import Study, same_results
-from training import config
-from training.config import Experiment, experiment_of, option, recipe
+from training import UserError, options
 from training.optimizers import METHODS, OPTIMIZERS
-from training.record import SCHEMA, Record, RecordError, parse_records, read_records
+from training.options import Experiment, experiment_of, option, recipe
+from training.record import READABLE, Record, RecordError, parse_records, read_records
 
 # A data frame of pandas, or a row of one, whose contents no type checker knows.
 Table: TypeAlias = Any
@@ -112,8 +112,8 @@ def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
         description = json.loads(lines[0])
         if not isinstance(description, dict):
             raise ValueError("its first line does not describe one")
-        if (schema := description.get("schema", 1)) != SCHEMA:
-            raise ValueError(f"its schema is {schema}, not {SCHEMA}")
+        if (schema := description.get("schema", 1)) not in READABLE:
+            raise ValueError(f"its schema is {schema}, and {READABLE} can be read")
         if missing := [key for key in DESCRIPTION if key not in description]:
             raise ValueError(f"missing: {', '.join(missing)}")
         experiment = experiment_of(description.pop("config"))
@@ -142,15 +142,15 @@ def read_folder(path: Path) -> Run:
     if path.is_file():
         return read_run(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
+        raise UserError(f"{path} does not exist; give the folder of a run, such as runs/NAME")
     if not (path / "config.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{path} is not the folder of a run, since it has no config.json; give one that "
             "train.py has written"
         )
-    experiment = config.load(path)
+    experiment = options.load(path / "config.json")
     if not (path / "metrics.jsonl").exists() or not (records := read_records(path)):
-        raise ValueError(f"{path} has no finished epoch; wait for its first one, or leave it out")
+        raise UserError(f"{path} has no finished epoch; wait for its first one, or leave it out")
     description = json.loads((path / "config.json").read_text())
     return Run(experiment, description | {"diverged": None}, records)
 
@@ -163,7 +163,7 @@ def check_same(experiment: Experiment, run: Run, path: Path) -> None:
             for key, value in dataclasses.asdict(run.experiment).items()
             if value != getattr(experiment, key)
         ]
-        raise ValueError(
+        raise UserError(
             f"{path} has another recipe: {', '.join(changed)}; move it away, or choose another "
             "folder with --results"
         )

@@ -12,6 +12,7 @@ from reproduction.presets import PAPER_ACCURACY
 from reproduction.records import Table, by_epoch, replacing, table
 from reproduction.statistics import ALPHA, MARGIN, POWER, TESTED, differences, mean_interval
 from reproduction.studies import Study
+from training import UserError
 from training.data import DATASETS
 from training.optimizers import OPTIMIZERS
 
@@ -36,7 +37,7 @@ def write_report(study: Study, folder: Path) -> tuple[Table, Table]:
     runs = table(study, folder)
     shown, found = runs[runs["state"] != "missing"], differences(study, runs)
     if not len(shown):
-        raise ValueError(f"{folder} holds no records; make them without --report")
+        raise UserError(f"{folder} holds no records; make them without --report")
     sections = {
         f"# {study.title}": summary(study, runs, folder),
         "## The plan": study.plan,

@@ -37,7 +37,7 @@ from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
 from reproduction.records import Table
 from reproduction.studies import Family, Study
-from training.config import Experiment
+from training.options import Experiment
 
 ALPHA = 0.05
 POWER = 0.8

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from models import MODELS
-from training.config import Experiment, experiment_of, option
+from training import UserError
 from training.data import DATASETS
 from training.optimizers import OPTIMIZERS, method_label
+from training.options import Experiment, experiment_of, option
 
 FILE = "study.json"  # the options of a study of one's own
 
@@ -240,7 +241,7 @@ def load(folder: Path) -> Begun | None:
         runs = tuple(map(Path, options["runs"]))
         return Begun(experiment_of(options["experiment"]), Axes(**axes), runs)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged: {error}; put back a copy of it, or give another --name"
         ) from error
 
@@ -254,12 +255,12 @@ def extend(name: str, begun: Begun, experiment: Experiment, axes: Axes) -> Axes:
     advice = "give the new study another --name"
     for key, value in vars(begun.experiment).items():
         if (given := getattr(experiment, key)) != value:
-            raise ValueError(
+            raise UserError(
                 f"{option(key)} is {given}, and the study {name} was begun with {value}; {advice}"
             )
     old, new = begun.axes.resolve(experiment), axes.resolve(experiment)
     if bool(old.learning_rates) != bool(new.learning_rates):
-        raise ValueError(
+        raise UserError(
             f"the study {name} cannot have both --learning-rates and the default of each "
             f"optimizer; {advice}"
         )

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from training.lock import lock
 
 import train
-from training.lock import lock
 from training.record import read_records
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ import pytest
 import reproduce
 from reproduction import records, studies
 from reproduction.studies import Axes
-from training.config import Experiment
-from training.lock import LOCK, lock
+from training.options import Experiment
+from training.run_folder import LOCK, lock
 
 ROOT = Path(reproduce.__file__).parent
 # reproduce.py as it is, with a network that compiles in no time.

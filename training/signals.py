@@ -119,7 +119,7 @@ def interruptible(function: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(program: str, *, debug: bool = False) -> Iterator[None]:
+def one_line_errors(program: str, *, debug: bool = False, advice: str = "") -> Iterator[None]:
     """Ends a program with one line, without a traceback, where the user can solve what is wrong.
 
     Its output may go away: see `outlive_readers`.
@@ -127,6 +127,7 @@ def one_line_errors(program: str, *, debug: bool = False) -> Iterator[None]:
     Args:
       program: its name, which begins the line.
       debug: whether every error has its traceback.
+      advice: how to continue after a signal.
     """
     outlive_readers()
     if not debug:  # Orbax and its event loop log errors with tracebacks; they are raised as well
@@ -136,7 +137,7 @@ def one_line_errors(program: str, *, debug: bool = False) -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {error}{advice and f'; {advice}'}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{program}: stopped before it took a step", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from reproduction.studies import Study
-from training.config import Experiment
+from training.options import Experiment
 from training.record import SCHEMA
 
 # Final accuracies by seed, of the arm (model, method, optimizer) or, of the one with this weight

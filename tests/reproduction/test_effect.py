@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training.program import Program
 
 from models import MODELS, resnet8
 from optax_autoscale import measure_effect
 from reproduction import effect
 from training import devices
 from training.data import Dataset
+from training.step import Program
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = dataclasses.replace(effect.EXPERIMENT, batch_size=16)

@@ -11,7 +11,7 @@ import pytest
 from models import MODELS, resnet8
 from reproduction import estimate, studies
 from reproduction.records import Run
-from training.config import Experiment
+from training.options import Experiment
 
 HERE = {"device": "cpu", "device_count": jax.device_count()}
 # 10 epochs of 1,437 images of 16x16 pixels, of 40.6 million multiply-adds at 32x32 pixels.

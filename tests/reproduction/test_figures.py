@@ -14,7 +14,7 @@ from reproduction.presets import PAPER_METHODS, PAPER_MODELS, PRESETS
 from reproduction.records import table
 from reproduction.statistics import differences
 from reproduction.studies import Axes, Study, of_grid
-from training.config import recipe
+from training.options import recipe
 
 PLAIN = np.array([0.48, 0.49, 0.50, 0.51, 0.52])
 

@@ -12,9 +12,8 @@ from reproduction import records
 from reproduction.presets import CIFAR100, PRESETS, compressed
 from reproduction.report import write_report
 from reproduction.studies import cost, same_results
-from training import config
-from training.config import recipe
 from training.optimizers import learning_rate_schedule
+from training.options import parse, recipe
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = [name for name in PRESETS if (ROOT / "results" / name).exists()]
@@ -81,7 +80,7 @@ def test_committed_records_are_of_their_study_and_say_what_was_migrated(name):
     folders = [ROOT / "results" / name, *(ROOT / "results" / name).glob("*/")]
     for run in (run for folder in folders for run in records.read(folder).values()):
         assert same_results(run.experiment) in planned
-        assert config.parse(run.description["command"].split()[2:]).experiment == run.experiment
+        assert parse(run.description["command"].split()[2:])[0] == run.experiment
         migrated = run.description.get("migrated", {})
         if "method" in migrated:
             assert (migrated["method"], run.experiment.method) == ("adamw", "none")

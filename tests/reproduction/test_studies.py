@@ -7,7 +7,7 @@ import pytest
 
 from reproduction import studies
 from reproduction.studies import Axes, Begun, cost, grid, of_grid, of_runs
-from training.config import Experiment, recipe
+from training.options import Experiment, recipe
 
 DIGITS = dataclasses.replace(recipe("digits"), epochs=2)
 
