@@ -18,8 +18,6 @@ class MethodSpec(NamedTuple):
     make: Callable[[], optax.GradientTransformation]
     label: str  # in titles, tables and figures
     description: str  # in `train.py --list`
-    color: str  # Okabe and Ito's: told apart by the color-blind
-    line: str | tuple[int, tuple[int, int]] = "-"  # as Matplotlib has it
     # Combines the chain and the plain optimizer, where the method is not the chain alone.
     combine: Callable[[Transformation, Transformation], Transformation] | None = None
 
@@ -95,78 +93,62 @@ def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.Gra
 
 
 METHODS = {
-    "none": MethodSpec(optax.identity, "None", "gradients unchanged, the baseline", "#000000"),
+    "none": MethodSpec(optax.identity, "None", "gradients unchanged, the baseline"),
     "gradient_normalization": MethodSpec(
         optax_autoscale.gradient_normalization,
         "Gradient Normalization",
         "divides all gradients by their global norm",
-        "#009E73",
     ),
     "gradient_centralization": MethodSpec(
         optax_autoscale.gradient_centralization,
         "Gradient Centralization",
         "subtracts the mean of each output feature (Yong et al. 2020)",
-        "#0072B2",
     ),
     "zscore": MethodSpec(
         optax_autoscale.zscore_normalization,
         "Z-Score Normalization",
         "normalizes each layer to mean 0 and standard deviation 1 (Yun 2024)",
-        "#CC79A7",
     ),
     "clip": MethodSpec(
         partial(optax.clip_by_global_norm, 1.0),
         "Clipping",
         "clips the global norm to 1",
-        "#E69F00",
     ),
     "centering": MethodSpec(
         optax_autoscale.center_layers,
         "centering only",
         "subtracts each layer's mean, as autoscale does, and does not scale",
-        "#0072B2",
-        "--",
     ),
     "scaling": MethodSpec(
         optax_autoscale.scale_by_global_std,
         "scaling only",
         "multiplies by autoscale's factor, and does not center",
-        "#56B4E9",
     ),
     "constant": MethodSpec(
         partial(centering_by_constant, 0.4),
         "centering, constant factor",
         "centers each layer, and multiplies all by 0.4",
-        "#009E73",
-        "--",
     ),
     "autoscale": MethodSpec(
         optax_autoscale.autoscale,
         "Autoscale",
         "the paper's method: centers each layer, and multiplies all by one factor",
-        "#D55E00",
     ),
     "autoscale_p1": MethodSpec(
         partial(fixed_exponent, 1),
         "Autoscale, p = 1",
         "autoscale with its exponent fixed at 1",
-        "#D55E00",
-        "--",
     ),
     "autoscale_direction": MethodSpec(
         optax_autoscale.autoscale,
         "Autoscale's direction, plain norm",
         "autoscale's update, rescaled to the norm of the plain optimizer's",
-        "#D55E00",
-        (0, (1, 3)),
         combine=graft,
     ),
     "autoscale_norm": MethodSpec(
         optax_autoscale.autoscale,
         "plain direction, Autoscale's norm",
         "the plain optimizer's update, rescaled to the norm of autoscale's",
-        "#000000",
-        "--",
         combine=lambda chain, plain: graft(plain, chain),
     ),
 }
