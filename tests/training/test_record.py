@@ -3,31 +3,17 @@
 import json
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 
 from training import record as record_module
 from training.record import Record, RecordError, commit_of, environment, parse_records, read_records
 
-GOOD: Record = {
-    "epoch": 1,
-    "step": 10,
-    "train_loss": 2.5,
-    "test_loss": 2.0,
-    "test_accuracy": 0.5,
-    "learning_rate": 1e-3,
-    "global_std": 0.01,
-    "scale_factor": 0.75,
-    "scale_factor_max": 0.875,
-    "exponent": 2,
-    "layer_std": {"stem": 0.1},
-    "update_norm_ratio": 0.9,
-    "update_cosine": 0.99,
-    "update_norm_ratio_by_step": [1.0, 0.9],
-    "images_per_second": 640.0,
-    "seconds": 1.0,
-}
-LATER = ("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
+GOOD: Any = {"epoch": 1, "step": 10, "train_loss": 2.5, "test_loss": 2.0, "test_accuracy": 0.5}
+GOOD |= {"learning_rate": 1e-3, "global_std": 0.01, "scale_factor": 0.75, "scale_factor_max": 0.875}
+GOOD |= {"exponent": 2, "layer_std": {"stem": 0.1}, "update_norm_ratio": 0.9, "update_cosine": 0.99}
+GOOD |= {"update_norm_ratio_by_step": [1.0, 0.9], "images_per_second": 640.0, "seconds": 1.0}
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -38,17 +24,16 @@ def test_what_was_written_is_read(tmp_path):
     assert read_records(tmp_path) == records
     with pytest.raises(RecordError, match=r"none/metrics.jsonl cannot be read: No such file"):
         read_records(tmp_path / "none")
-
-
-def test_keys_that_came_later_read_as_none(tmp_path):
-    old = {key: value for key, value in GOOD.items() if key not in LATER}
+    # Keys that came later read as None.
+    later = {key for key in GOOD if key.startswith("update_")} | {"scale_factor_max"}
+    old = {key: value for key, value in GOOD.items() if key not in later}
     (record,) = parse_records([json.dumps(old)], tmp_path / "metrics.jsonl")
-    assert record == old | dict.fromkeys(LATER)
+    assert record == old | dict.fromkeys(later)
     assert set(record) == set(Record.__annotations__)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("second", "message"),
     [
         ({"epoch": 3}, "the record of epoch 3 stands in its place"),
         ({"test_accuracy": 1.5}, "test_accuracy is 1.5; it should be less than or equal to 1"),
@@ -61,106 +46,85 @@ def test_keys_that_came_later_read_as_none(tmp_path):
         ({"layer_std": {"stem": float("inf")}}, "layer_std.stem is inf; it should be a finite"),
         ({"layer_std": {"head": 0.1}}, "its layers are not those of epoch 1"),
         ({"colour": 1}, "colour is unknown"),
-    ],
-)
-def test_what_is_wrong_is_named_with_file_and_epoch(change, message, tmp_path):
-    lines = [json.dumps(GOOD), json.dumps(GOOD | {"epoch": 2} | change)]
-    with pytest.raises(RecordError) as caught:
-        parse_records(lines, tmp_path / "metrics.jsonl")
-    start = f"{tmp_path / 'metrics.jsonl'} is damaged: epoch 2: {message}"
-    assert str(caught.value).startswith(start)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
         (json.dumps({key: GOOD[key] for key in GOOD if key != "step"}), "step is missing"),
         (json.dumps(GOOD)[:-5], "Expecting"),
-        ("[]", "it should be a valid dictionary"),
+        ("[]", ".*it should be a valid dictionary"),
         ("", "Expecting value"),
         (b"\xff", "'utf-8' codec"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, ".*recursion"),
     ],
 )
-def test_torn_lines_are_named(line, message, tmp_path):
-    with pytest.raises(RecordError, match=f"m.jsonl is damaged: epoch 1: .*{message}"):
-        parse_records([line], tmp_path / "m.jsonl")
+def test_what_is_wrong_is_named_with_file_and_epoch(second, message, tmp_path):
+    if isinstance(second, dict):
+        second = json.dumps(GOOD | {"epoch": 2} | second)
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(RecordError, match=f"^{path} is damaged: epoch 2: {message}"):
+        parse_records([json.dumps(GOOD), second], path)
 
 
 @pytest.fixture
-def git(tmp_path, monkeypatch):
-    """Calls git in a folder, by default that of some sources."""
+def sources(tmp_path):
+    """A folder of sources, not yet in a repository."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     for name in ("training/record.py", "results/run.jsonl", "README.md"):
         (tmp_path / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sources" / name).write_text("as committed")
-
-    def call(*arguments: str, folder=tmp_path / "sources") -> str:
-        names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        command = ["git", "-C", str(folder), *names, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    return call
-
-
-@pytest.fixture
-def sources(tmp_path, git):
-    """A folder of sources, committed."""
-    git("init")
-    git("add", ".")
-    git("commit", "--message", "first")
     return tmp_path / "sources"
 
 
-def test_the_commit_is_that_of_the_sources_and_says_whether_they_changed(sources, git):
-    first = git("rev-parse", "HEAD")
+def commit(folder, *stages: str) -> str:
+    """Does these of init, add and commit; gives the commit."""
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    options = {"init": [], "add": ["."], "commit": ["--allow-empty", "--message", "one"]}
+    for stage in stages or options:
+        subprocess.run([*git, stage, *options[stage]], check=True, capture_output=True)
+    if stages and "commit" not in stages:
+        return ""
+    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+
+
+def test_the_commit_is_that_of_the_sources_and_says_whether_they_changed(sources):
+    first = commit(sources)
     assert commit_of(sources) == first
-    for name in ("results/run.jsonl", "README.md"):
-        (sources / name).write_text("by a study")
-    (sources / "notes.txt").write_text("not part of it")
+    for name in ("results/run.jsonl", "README.md", "notes.txt"):
+        (sources / name).write_text("by a study, or not part of the sources")
     assert commit_of(sources) == first
     (sources / "training" / "record.py").write_text("changed")
     assert commit_of(sources) == f"{first}-dirty"
+    (sources / "training" / "record.py").write_text("as committed")
+    (sources / ".git" / "index").write_bytes(b"corrupt")
+    assert commit_of(sources) == f"{first}-dirty"  # what cannot be compared is not called clean
 
 
-def test_the_commit_is_never_that_of_another_repository(git, tmp_path, monkeypatch, capsys):
-    sources, other = tmp_path / "sources", tmp_path / "other"
+def test_the_commit_is_never_that_of_another_repository(sources, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
     assert commit_of(sources) is None
-    git("init", folder=tmp_path)  # the sources lie inside of it
-    git("commit", "--message", "another", "--allow-empty", folder=tmp_path)
+    commit(tmp_path)  # the sources lie inside of it
     assert commit_of(sources) is None
     assert capsys.readouterr().err == ""
-    git("init")
-    git("add", ".")
+    commit(sources, "init", "add")
     assert commit_of(sources) is None  # a repository without commits
     assert f"the commit of {sources} will not be recorded: " in capsys.readouterr().err
-    git("commit", "--message", "first")
-    first = git("rev-parse", "HEAD")
+    first = commit(sources, "commit")
     other.mkdir()
-    git("init", folder=other)
-    git("commit", "--message", "another", "--allow-empty", folder=other)
+    commit(other)
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(other))
     assert commit_of(sources) == first
-
-
-def test_sources_that_cannot_be_compared_are_not_called_clean(sources, git):
-    first = git("rev-parse", "HEAD")
-    (sources / ".git" / "index").write_bytes(b"corrupt")
-    assert commit_of(sources) == f"{first}-dirty"
 
 
 @pytest.mark.parametrize("there", ["nothing", "no program", "a text", "a failure"])
 def test_a_git_that_does_not_run_is_said_and_nothing_is_recorded(
     there, sources, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "bin").mkdir()
+    commit(sources)
+    program, text = tmp_path / "bin" / "git", "#!/bin/sh\necho dubious ownership >&2\nexit 128\n"
+    program.parent.mkdir()
     if there != "nothing":
-        program = "#!/bin/sh\necho dubious ownership >&2\nexit 128\n"
-        (tmp_path / "bin" / "git").write_text(program if there == "a failure" else "\x7fno\0")
-        (tmp_path / "bin" / "git").chmod(0o644 if there == "no program" else 0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        program.write_text(text if there == "a failure" else "\x7fno\0")
+        program.chmod(0o644 if there == "no program" else 0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
     assert commit_of(sources) is None
     said = capsys.readouterr().err
     assert said.startswith(f"the commit of {sources} will not be recorded: ")

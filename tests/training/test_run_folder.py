@@ -3,13 +3,13 @@
 import dataclasses
 import errno
 import fcntl
-import importlib.machinery
 import json
 import os
 import socket
 import subprocess
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +17,12 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.training.test_record import GOOD
-from training import run_folder as run_folder_module
+from training import run_folder as module
 from training.data import Dataset
 from training.options import Experiment, Launch
 from training.record import RecordError, parse_records, read_records
-from training.run_folder import (
-    LOCK,
-    PICTURES,
-    InUse,
-    OpenFolder,
-    RunFolder,
-    TensorBoard,
-    WeightsAndBiases,
-    finished_records,
-    lock,
-)
+from training.run_folder import LOCK, PICTURES, InUse, OpenFolder, RunFolder, lock
 
-ROOT = Path(__file__).parents[2]
 # Holds the lock until its input ends; its own child, which inherits what it can, lives on.
 OWNER = """
 import subprocess, sys
@@ -56,9 +45,9 @@ def start_owner():
     started = []
 
     def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
-        command = [sys.executable, "-c", OWNER, str(folder)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        command, pipe = [sys.executable, "-c", OWNER, str(folder)], subprocess.PIPE
+        root = Path(__file__).parents[2]
+        process = subprocess.Popen(command, cwd=root, text=True, stdin=pipe, stdout=pipe)
         started.append((process, int(process.stdout.readline())))
         return started[-1]
 
@@ -69,27 +58,21 @@ def start_owner():
         os.kill(child, 9)
 
 
-def test_another_process_is_refused_and_told_whose_the_folder_is(start_owner, tmp_path):
+@pytest.mark.parametrize("end", ["of itself", "killed"])
+def test_another_process_is_refused_until_the_owner_ends(end, start_owner, tmp_path):
     folder = tmp_path / "run"
-    process, _ = start_owner(folder)
+    process, child = start_owner(folder)
     owner = f"process {process.pid} on {socket.gethostname()}"
     for _ in range(2):  # the first attempt leaves the owner's name as it is
-        with pytest.raises(InUse) as refused, lock(folder):
+        with pytest.raises(InUse, match=f"^{folder} is in use by {owner}$") as no, lock(folder):
             pass
-        assert str(refused.value) == f"{folder} is in use by {owner}"
-        assert refused.value.owner == owner
-    process.communicate("")
+        assert no.value.owner == owner
+    if end == "killed":
+        process.kill()
+    process.communicate("" if end != "killed" else None)
+    os.kill(child, 0)  # it is there
     with lock(folder):
         assert f"process {os.getpid()} on" in (folder / LOCK).read_text()
-
-
-def test_the_lock_falls_with_its_process_though_a_child_of_it_lives(start_owner, tmp_path):
-    process, child = start_owner(tmp_path)
-    process.kill()
-    process.communicate()
-    os.kill(child, 0)  # it is there
-    with lock(tmp_path):
-        pass
 
 
 def is_free(folder: Path) -> bool:
@@ -103,13 +86,12 @@ def is_free(folder: Path) -> bool:
 
 def test_a_process_may_enter_twice_and_leaves_with_the_outer_one(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
-    with lock(tmp_path):
-        with pytest.raises(KeyError), lock(tmp_path / "link" / "."):
-            raise KeyError
-        assert not is_free(tmp_path)
-    assert is_free(tmp_path)
-    with lock(tmp_path):
-        assert not is_free(tmp_path)
+    for _ in range(2):
+        with lock(tmp_path):
+            with pytest.raises(KeyError), lock(tmp_path / "link" / "."):
+                raise KeyError
+            assert not is_free(tmp_path)
+        assert is_free(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
@@ -121,56 +103,37 @@ def test_a_file_system_without_locks_refuses_nothing(code, tmp_path, monkeypatch
     if code == errno.EIO:
         with pytest.raises(OSError, match=os.strerror(code)), lock(tmp_path):
             pass
-        return
-    with lock(tmp_path), lock(tmp_path):
-        pass
-    assert f"{tmp_path} does not support locks ({os.strerror(code)})" in capsys.readouterr().err
-
-
-@pytest.fixture
-def opened(tmp_path):
-    (tmp_path / "run").mkdir()
-    folder = OpenFolder(tmp_path / "run")
-    folder.check()
-    yield folder
-    folder.close()
+    else:
+        with lock(tmp_path), lock(tmp_path):
+            pass
+        assert f"{tmp_path} does not support locks ({os.strerror(code)})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_folder_that_is_moved_and_comes_back(opened, replaced, tmp_path):
-    path = tmp_path / "run"
-    now = path.rename(tmp_path / "it's here")
-    if replaced:
-        path.mkdir()
-    with pytest.raises(FileNotFoundError) as caught:
-        opened.check()
-    assert f"{path} was moved to {now} while" in str(caught.value)
-    assert str(caught.value).endswith(f"""--out '{tmp_path}/it'"'"'s here'""")  # for a shell
-    if replaced:
-        path.rmdir()
-    now.rename(path)
+@pytest.mark.parametrize("how", ["moved", "its parent moved", "removed"])
+def test_a_folder_that_is_not_where_it_was(how, replaced, tmp_path, monkeypatch):
+    path = tmp_path / "it's here" / "run"
+    path.mkdir(parents=True)
+    monkeypatch.chdir(path.parent)  # relative paths still lead there; Orbax keeps the absolute one
+    opened = OpenFolder(Path("run"))
     opened.check()
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_folder_that_is_removed(opened, replaced, tmp_path):
-    (tmp_path / "run").rmdir()
+    old = path.parent if "parent" in how else path
+    now = path.rmdir() if how == "removed" else old.rename(tmp_path / "it's there")
     if replaced:
-        (tmp_path / "run").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"was moved or removed while .*; resume where"):
+        path.mkdir(parents=True)
+    there = "" if "parent" not in how else "/run"
+    shell = f"""--out '{tmp_path}/it'"'"'s there{there}'"""
+    message = r"was moved or removed while .*; resume where" if how == "removed" else "was moved to"
+    with pytest.raises(FileNotFoundError, match=message) as caught:
         opened.check()
-
-
-def test_a_folder_whose_parent_is_moved(tmp_path, monkeypatch):
-    (tmp_path / "runs" / "run").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "runs")
-    folder = OpenFolder(Path("run"))
-    (tmp_path / "runs").rename(tmp_path / "others")
-    # The relative path still leads there, but no longer the absolute one, that Orbax keeps.
-    assert Path("run").exists()
-    with pytest.raises(FileNotFoundError, match=f"moved to {tmp_path / 'others' / 'run'} "):
-        folder.check()
-    folder.close()
+    if now:
+        assert str(caught.value).endswith(shell)
+        if replaced:
+            path.rmdir()
+            old.rmdir() if old != path else None
+        now.rename(old)
+        opened.check()  # it came back
+    opened.close()
 
 
 def run_folder(path: Path, *, resume: bool = False, data: Dataset = DATASET) -> RunFolder:
@@ -183,33 +146,32 @@ def test_a_folder_that_holds_nothing_but_a_lock_is_empty(left, tmp_path):
         (tmp_path / name).touch()
     with run_folder(tmp_path):
         assert not is_free(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {LOCK, "config.json"}
+        assert set(os.listdir(tmp_path)) == {LOCK, "config.json"}
     assert is_free(tmp_path)
 
 
-@pytest.mark.parametrize("names", [("thesis.txt",), ("metrics.jsonl", LOCK), ("config.json",)])
-def test_a_folder_that_holds_something_is_left_as_it_is(names, tmp_path):
-    for name in names:
+@pytest.mark.parametrize(
+    ("files", "out", "problem"),
+    [
+        (["thesis.txt"], ".", "already exists and was not changed"),
+        (["metrics.jsonl", LOCK], ".", "already exists and was not changed"),
+        (["config.json"], ".", "already exists and was not changed"),
+        (["file"], "file", "already exists"),
+        (["file"], "file/run", "cannot be written: Not a directory; choose another"),
+        ([], "link", "is a link to nowhere"),
+        ([], "link/run", "is a link to nowhere"),
+    ],
+)
+def test_a_folder_that_is_none_or_holds_something_is_left_as_it_is(files, out, problem, tmp_path):
+    for name in files:
         (tmp_path / name).write_text("mine")
-    with pytest.raises(FileExistsError, match="was not changed"), run_folder(tmp_path):
+    if not files:
+        (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OSError, match=problem), run_folder(tmp_path / out):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == set(names)
-    assert is_free(tmp_path) if LOCK in names else True
-
-
-def test_a_folder_that_is_no_folder(tmp_path):
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "link").symlink_to("nowhere")
-    for out, problem in [
-        ("file", "already exists"),
-        ("file/run", "cannot be written: Not a directory; choose another"),
-        ("link", "is a link to nowhere"),
-        ("link/run", "is a link to nowhere"),
-    ]:
-        with pytest.raises(OSError, match=problem), run_folder(tmp_path / out):
-            pass
-    assert (tmp_path / "file").read_text() == "precious"
-    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    assert set(os.listdir(tmp_path)) == set(files or ["link"])
+    assert all((tmp_path / name).read_text() == "mine" or name == LOCK for name in files)
+    assert LOCK not in files or is_free(tmp_path)
 
 
 def test_a_folder_that_another_run_takes_at_this_moment_is_in_use(
@@ -226,10 +188,14 @@ def test_a_folder_that_another_run_takes_at_this_moment_is_in_use(
         pass
 
 
-def test_the_config_describes_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("field", ["train_images", "train_labels", "test_images", "test_labels"])
+def test_the_config_describes_the_run_and_other_data_of_the_same_size_are_refused(
+    field, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sys, "argv", ["train.py", "--tag", "it's"])
     with run_folder(tmp_path):
-        saved = json.loads((tmp_path / "config.json").read_text())
+        content = (tmp_path / "config.json").read_bytes()
+    saved = json.loads(content)
     assert saved["config"] == dataclasses.asdict(Experiment())
     assert (saved["launch"]["out"], saved["launch"]["resume"]) == (str(tmp_path), False)
     assert saved["command"] == """python train.py --tag 'it'"'"'s'"""
@@ -237,20 +203,13 @@ def test_the_config_describes_the_run(tmp_path, monkeypatch):
     assert (saved["num_classes"], saved["channels"]) == (10, 1)
     assert {"jax", "flax", "optax", "optax-autoscale", "python"} <= set(saved["versions"])
     assert {"schema", "commit", "device", "device_count"} < set(saved)
-
-
-@pytest.mark.parametrize("field", ["train_images", "train_labels", "test_images", "test_labels"])
-def test_a_run_is_not_resumed_on_other_data_of_the_same_size(field, tmp_path):
     other = dataclasses.replace(DATASET, **{field: getattr(DATASET, field) + 1})
-    with run_folder(tmp_path):
-        pass
-    before = (tmp_path / "config.json").read_bytes()
     with (
-        pytest.raises(ValueError, match=r"--data-dir"),
+        pytest.raises(ValueError, match="--data-dir"),
         run_folder(tmp_path, resume=True, data=other),
     ):
         pass
-    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "config.json").read_bytes() == content
     with run_folder(tmp_path, resume=True):
         pass
 
@@ -269,7 +228,6 @@ def interrupted(folder: Path, content: bytes | None, *checkpoints: int) -> RunFo
     ("content", "there"),
     [
         (None, "metrics.jsonl holds 0 epochs;"),
-        (b"", "metrics.jsonl holds 0 epochs;"),
         (LINES[0], "metrics.jsonl holds 1 epochs;"),
         (LINES[0] + LINES[1][:40], "metrics.jsonl is damaged: epoch 2: "),
         (LINES[1] + LINES[2], "is damaged: epoch 1: the record of epoch 2 stands in its place;"),
@@ -277,10 +235,9 @@ def interrupted(folder: Path, content: bytes | None, *checkpoints: int) -> RunFo
     ],
 )
 def test_a_gap_before_the_checkpoint_is_refused(content, there, tmp_path):
-    with pytest.raises(RecordError) as refused, interrupted(tmp_path, content, 20) as folder:
-        folder.begin(2, pytest.fail)
-    assert there in str(refused.value)
-    assert "the checkpoint is after epoch 2" in str(refused.value)
+    with pytest.raises(RecordError, match=f"{there}.* checkpoint is after epoch 2"):  # noqa: SIM117
+        with interrupted(tmp_path, content, 20) as folder:
+            folder.begin(2, pytest.fail)
     metrics = tmp_path / "metrics.jsonl"
     assert (metrics.read_bytes() if metrics.exists() else None) == content
     assert not (tmp_path / "curves.png").exists()
@@ -301,23 +258,17 @@ def test_what_comes_after_the_checkpoint_is_replaced_and_told(rest, tmp_path):
 
 
 def test_records_without_a_checkpoint_are_not_thrown_away(tmp_path):
-    content = b"".join(LINES)
-    with (
-        pytest.raises(RecordError, match=r"holds 3 epochs, and there is no checkpoint .* copy"),
-        interrupted(tmp_path, content) as folder,
-    ):
-        folder.begin(0, pytest.fail)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == content
-    with run_folder(tmp_path, resume=True) as folder:
-        (tmp_path / "checkpoints" / "0").mkdir(parents=True)  # the later ones were damaged
-        folder.begin(0, lambda text: None)
-    assert read_records(tmp_path) == []
-
-
-def test_the_first_epochs_record_may_be_ahead_of_the_first_checkpoint(tmp_path):
-    with interrupted(tmp_path, LINES[0]) as folder:
-        folder.begin(0, lambda text: None)
-    assert read_records(tmp_path) == []
+    content, (run, other) = b"".join(LINES), (tmp_path / name for name in ("run", "other"))
+    with pytest.raises(RecordError, match=r"holds 3 epochs, and there is no checkpoint .* copy"):  # noqa: SIM117
+        with interrupted(run, content) as folder:
+            folder.begin(0, pytest.fail)
+    assert (run / "metrics.jsonl").read_bytes() == content
+    (run / "checkpoints" / "0").mkdir(parents=True)  # the later ones were damaged
+    # And the first epoch's record may be ahead of the first checkpoint.
+    for resumed in (run_folder(run, resume=True), interrupted(other, LINES[0])):
+        with resumed as folder:
+            folder.begin(0, lambda text: None)
+        assert read_records(resumed.path) == []
 
 
 @pytest.mark.parametrize(
@@ -341,15 +292,14 @@ def test_a_run_has_finished_once_all_is_newer_than_its_records(tmp_path):
     names = ("metrics.jsonl", "parameters", *PICTURES)
     for name in names:
         (tmp_path / name).write_bytes(LINES[0] if name == names[0] else b"")
-    assert finished_records(tmp_path, 1) == RECORDS[:1]
-    assert finished_records(tmp_path, 2) == []
     for name in names[1:]:
+        assert module.finished_records(tmp_path, 1) == RECORDS[:1]
+        assert module.finished_records(tmp_path, 2) == []
         os.utime(tmp_path / name, (0, 0))
-        assert finished_records(tmp_path, 1) == []
+        assert module.finished_records(tmp_path, 1) == []
         (tmp_path / name).unlink()
-        assert finished_records(tmp_path, 1) == []
+        assert module.finished_records(tmp_path, 1) == []
         (tmp_path / name).touch()
-    assert finished_records(tmp_path, 1) == RECORDS[:1]
 
 
 def events(folder: Path) -> list[Event]:
@@ -366,8 +316,8 @@ def events(folder: Path) -> list[Event]:
 
 def test_tensorboard_has_the_records_and_hides_what_was_made_again(tmp_path, monkeypatch):
     for first, seconds in ((0, 2e9), (1, 1e9)):  # the clock was set back
-        monkeypatch.setattr(run_folder_module.time, "time", lambda: seconds)  # noqa: B023
-        board = TensorBoard(tmp_path / "tensorboard", first)
+        monkeypatch.setattr(module.time, "time", lambda: seconds)  # noqa: B023
+        board = module.TensorBoard(tmp_path / "tensorboard", first)
         for record in RECORDS[first:]:
             board.write(record)
         board.close(failed=False)
@@ -375,25 +325,16 @@ def test_tensorboard_has_the_records_and_hides_what_was_made_again(tmp_path, mon
     restarts = [event.step for event in shown if event.session_log.status == SessionLog.START]
     assert restarts == [1, 2]
     scalars = {(v.tag, e.step): v.simple_value for e in shown for v in e.summary.value}
-    for tag, value in {
-        "train/loss": 2.5,
-        "train/learning_rate": 1e-3,
-        "train/images_per_second": 640,
-        "test/loss": 2,
-        "test/accuracy": 0.5,
-        "autoscale/global_std": 0.01,
-        "autoscale/scale_factor": 0.75,
-        "autoscale/exponent": 2,
-        "effect/update_norm_ratio": 0.9,
-        "effect/update_cosine": 0.99,
-        "layer_std/stem": 0.1,
-    }.items():
-        assert [scalars[tag, epoch] for epoch in (1, 2, 3)] == pytest.approx([value] * 3)
+    expected = {"train/loss": 2.5, "train/learning_rate": 1e-3, "train/images_per_second": 640}
+    expected |= {"test/loss": 2, "test/accuracy": 0.5, "layer_std/stem": 0.1}
+    expected |= {"effect/update_norm_ratio": 0.9, "effect/update_cosine": 0.99}
+    numbers = {"global_std": 0.01, "scale_factor": 0.75, "exponent": 2}
+    expected |= {f"autoscale/{name}": value for name, value in numbers.items()}
+    assert expected.items() <= {tag: pytest.approx(scalars[tag, 3]) for tag, _ in scalars}.items()
+    assert {epoch for _, epoch in scalars} == {1, 2, 3}
 
 
 def test_weights_and_biases_has_the_records(tmp_path, monkeypatch):
-    calls: list = []
-
     class Run:
         def log(self, scalars, step):
             calls.append((step, scalars["test/accuracy"], "autoscale/scale_factor" in scalars))
@@ -401,27 +342,28 @@ def test_weights_and_biases_has_the_records(tmp_path, monkeypatch):
         def finish(self, exit_code):
             calls.append(exit_code)
 
+    def init(name, **options):
+        if name == "unknown":
+            raise KeyError("no login")
+        calls.append(options | {"name": name})
+        return Run()
+
+    calls: list = []
     fake = types.ModuleType("wandb")
-    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    fake.Error, fake.Settings = KeyError, dict  # pyright: ignore
-    fake.init = lambda **options: calls.append(options) or Run()  # pyright: ignore
+    vars(fake).update(__spec__=ModuleSpec("wandb", None), Error=KeyError, Settings=dict, init=init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for failed in (False, True):
-        tracker = WeightsAndBiases(tmp_path, Experiment())
+        tracker = module.WeightsAndBiases(tmp_path, Experiment())
         tracker.write(GOOD | {"scale_factor": None})
         tracker.close(failed=failed)
-    first, *rest = calls[:3]
-    assert (first["name"], first["dir"]) == (tmp_path.name, tmp_path)
-    assert first["config"] == dataclasses.asdict(Experiment())
-    assert rest == [(1, 0.5, False), 0]
-    assert calls[3:] == [first, (1, 0.5, False), 1]  # the same run goes on
-
-    def refuse(**options):
-        raise KeyError("no login")
-
-    fake.init = refuse  # pyright: ignore
+    first, config = calls[0], dataclasses.asdict(Experiment())
+    assert first.items() >= {"name": tmp_path.name, "dir": tmp_path, "config": config}.items()
+    # The same run goes on.
+    assert calls == [first, (1, 0.5, False), 0, first, (1, 0.5, False), 1]
+    assert first["id"]
+    (tmp_path / "unknown").mkdir()
     with pytest.raises(OSError, match=r"no login.*wandb login.*without --wandb"):
-        WeightsAndBiases(tmp_path, Experiment())
+        module.WeightsAndBiases(tmp_path / "unknown", Experiment())
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         RunFolder(Experiment(), Launch(out=tmp_path, wandb=True), DATASET)

@@ -104,8 +104,7 @@ with Requests(make_mesh(), 1.0) as requests:
 
 
 @pytest.mark.parametrize(
-    ("number", "begun"),
-    [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGINT, ("begun",))],
+    ("number", "begun"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGINT, ("begun",))]
 )
 def test_a_signal_before_the_run_begins_ends_at_once_and_so_does_a_second_ctrl_c(number, begun):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
