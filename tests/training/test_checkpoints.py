@@ -116,20 +116,15 @@ def test_whatever_is_damaged_the_state_is_restored_or_the_one_before_it(
 
 def test_damaged_ones_are_set_aside_under_names_of_their_own(folder, checkpoints):
     for number in (1, 2):
-        for step in (2, 3):
-            save(checkpoints, step)
-            flip(folder / str(step) / "state" / "manifest.ocdbt")
+        save(checkpoints, 2)
+        flip(folder / "2" / "state" / "manifest.ocdbt")
+        save(checkpoints, 3)
+        path = folder / "3" / "state" / "_METADATA"  # not taken for one of another program
+        path.write_bytes(path.read_bytes().replace(b"params", b"parbms"))
         assert restored(checkpoints) == 1
         assert {path.name for path in folder.iterdir()} == {
             *("1", *(f"{step}.damaged{i + 1}" for step in (2, 3) for i in range(number)))
         }
-
-
-def test_a_flipped_byte_of_the_structure_is_not_taken_for_another_program(folder, checkpoints):
-    save(checkpoints, 2)
-    path = folder / "2" / "state" / "_METADATA"
-    path.write_bytes(path.read_bytes().replace(b"params", b"parbms"))
-    assert restored(checkpoints) == 1
 
 
 def test_if_all_are_damaged_nothing_is_changed(folder, checkpoints, said):
@@ -162,46 +157,31 @@ def test_those_of_another_program_are_named_and_left(like, difference, folder, c
     assert restored(checkpoints) == 2
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1024 bytes."),
-        MemoryError(),
-        OSError(errno.EIO, os.strerror(errno.EIO)),
-        ValueError(f"Error reading local file: {os.strerror(errno.EMFILE)}"),
-    ],
-    ids=["device memory", "host memory", "disk", "descriptors"],
-)
-@pytest.mark.parametrize("function", ["load", "metadata"])
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+TOO_MANY_OPEN = ValueError(f"Error reading local file: {os.strerror(errno.EMFILE)}")
+FAILING_DISK = OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, MemoryError(), TOO_MANY_OPEN, FAILING_DISK])
+@pytest.mark.parametrize("at", ["load", "metadata", "the files"])
 def test_an_error_that_proves_nothing_changes_nothing(
-    error, function, folder, checkpoints, said, monkeypatch
+    error, at, folder, checkpoints, said, monkeypatch
 ):
     def fail(*_, **__):
         raise error
 
     save(checkpoints, 2)
+    if at == "the files":  # whatever Orbax says of them: the machine cannot read them now
+        flip(folder / "2" / "state" / "manifest.ocdbt")
+        error = FAILING_DISK
     before = contents(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._checkpointer, function, fail)
+        owner = (Path, "read_bytes") if at == "the files" else (checkpoints._checkpointer, at)
+        patch.setattr(*owner, fail)
         with pytest.raises(CheckpointError, match=r"step 2 .* could not be read .* not changed"):
             checkpoints.restore(state(0))
     assert (contents(folder), said) == (before, [])
-    assert restored(checkpoints) == 2
-
-
-def test_a_disk_that_fails_is_not_taken_for_damage(folder, checkpoints, monkeypatch):
-    def fail(path: Path) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    save(checkpoints, 2)
-    flip(folder / "2" / "state" / "manifest.ocdbt")
-    before = contents(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", fail)
-        with pytest.raises(CheckpointError, match="could not be read"):
-            checkpoints.restore(state(0))
-    assert contents(folder) == before
-    assert restored(checkpoints) == 1
+    assert restored(checkpoints) == (1 if at == "the files" else 2)
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "emptied"])
