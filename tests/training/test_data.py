@@ -105,12 +105,9 @@ def test_an_impossible_subset_is_refused_with_the_range(train_size):
         load("digits", train_size=train_size)
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones():
+def test_what_cannot_be_loaded_is_named_with_a_remedy(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"'mnist'.* digits, cifar10, cifar100$"):
         load("mnist")
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match=r"tensorflow_datasets.*pip install -e '\.\[cifar\]'"):
         load("cifar10", tmp_path)

@@ -22,20 +22,19 @@ def updates_of(tx: optax.GradientTransformation, steps: int = 1, grads=GRADS, mo
     return jax.tree.map(np.asarray, params if move else updates)
 
 
-def test_the_learning_rate_decays_every_thirty_epochs():
-    schedule = learning_rate_schedule(1e-3, 30, 0, steps_per_epoch=195)
-    powers = {0: 0, 29: 0, 30 - 1 / 195: 0, 30: 1, 59: 1, 60: 2, 180: 6, 199: 6}
-    for epoch, power in powers.items():
-        assert float(schedule(round(epoch * 195))) == pytest.approx(1e-3 * 0.75**power)
-
-
-def test_the_warm_up_rises_from_zero_step_by_step_and_counts_as_epochs_of_the_decay():
-    schedule = learning_rate_schedule(1e-3, 30, 5, steps_per_epoch=10)
-    rates = {0: 0, 1: 2e-5, 25: 5e-4, 49: 9.8e-4, 50: 1e-3, 299: 1e-3, 300: 0.75e-3}
+@pytest.mark.parametrize(
+    ("decay", "warmup", "rates"),
+    [
+        (30, 0, {0: 1, 299: 1, 300: 0.75, 599: 0.75, 600: 0.75**2, 1800: 0.75**6, 1999: 0.75**6}),
+        # The warm-up rises step by step, and counts as epochs of the decay.
+        (30, 5, {0: 0, 1: 0.02, 25: 0.5, 49: 0.98, 50: 1, 299: 1, 300: 0.75}),
+        (1, 2, {15: 0.75 * 0.75}),
+    ],
+)
+def test_the_learning_rate_decays_after_a_warm_up(decay, warmup, rates):
+    schedule = learning_rate_schedule(1e-3, decay, warmup, steps_per_epoch=10)
     for step, rate in rates.items():
-        assert float(schedule(step)) == pytest.approx(rate, rel=1e-6)
-    longer = learning_rate_schedule(1e-3, 1, 2, steps_per_epoch=10)
-    assert float(longer(15)) == pytest.approx(0.75 * 0.75e-3)
+        assert float(schedule(step)) == pytest.approx(1e-3 * rate, rel=1e-6)
 
 
 def test_without_a_method_it_is_adamw_and_sgd_has_momentum_and_an_l2_penalty():

@@ -48,6 +48,7 @@ def start_owner():
         command, pipe = [sys.executable, "-c", OWNER, str(folder)], subprocess.PIPE
         root = Path(__file__).parents[2]
         process = subprocess.Popen(command, cwd=root, text=True, stdin=pipe, stdout=pipe)
+        assert process.stdout
         started.append((process, int(process.stdout.readline())))
         return started[-1]
 
