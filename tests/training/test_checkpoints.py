@@ -108,6 +108,7 @@ def test_whatever_is_damaged_the_state_is_restored_or_the_one_before_it(
             else:
                 assert contents(run / "checkpoints" / "2.damaged1") == damaged
                 assert "after step 2 is damaged (" in "".join(said)
+                assert "NoneType" not in "".join(said)
                 assert not (run / "checkpoints" / "2").exists()
                 save(opened, 2)
         assert latest(run / "checkpoints") == 2
