@@ -128,6 +128,14 @@ def test_damaged_ones_are_set_aside_under_names_of_their_own(folder, checkpoints
         }
 
 
+def test_a_checkpoint_that_can_be_read_and_is_not_what_was_written(checkpoints, said, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module, "digest", lambda state: jnp.uint32(7))
+        save(checkpoints, 2)
+    assert restored(checkpoints) == 1
+    assert "not those that were written" in said[0]
+
+
 def test_if_all_are_damaged_nothing_is_changed(folder, checkpoints, said):
     save(checkpoints, 2)
     for step in (1, 2):
