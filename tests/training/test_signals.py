@@ -52,6 +52,7 @@ def test_a_signal_is_kept_for_all_later_requests_and_only_while_entered(name, ca
     with Requests(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), 1.0) as requests:
         requests.begin()
         assert requests.next() == Request(False, 0)
+        assert signal.getsignal(number) is not before  # else it would end the tests
         signal.raise_signal(number)
         assert [requests.next().signal for _ in range(2)] == [number] * 2
         assert requests.signal == number
