@@ -200,7 +200,7 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(name, prepared, split, lo
         (lambda: path.write_bytes(records[:-1000]), "is incomplete or damaged"),
         (lambda: flip_a_byte(path), "is incomplete or damaged"),
         (lambda: info.write_text(description[:100]), "is incomplete or damaged"),
-        (lambda: info.write_text(other), "is in the format tfrecord.* tfds convert_format"),
+        (lambda: info.write_text(other), "is in the format tfrecord.*tfds convert_format"),
         (info.unlink, "has no dataset_info.json"),
         (lambda: [file.unlink() for file in folder.iterdir()], "has no dataset_info.json"),
     ]:
