@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +31,10 @@ class CheckpointError(UserError):
 
 class Damaged(Exception):
     """A checkpoint is not what was written."""
+
+
+class Different(Damaged):
+    """A checkpoint has other arrays than the program; the message names them."""
 
 
 class Checkpoints:
@@ -114,26 +117,31 @@ class Checkpoints:
           CheckpointError: if the latest one is of another program, or cannot be read now; or if all
             of them are damaged.
         """
-        damaged = []
+        failures: list[tuple[int, Damaged]] = []
         for checkpoint in reversed(self._checkpointer.checkpoints):
-            step = checkpoint.step
             try:
-                state = self._read(step, like)
+                state = self._read(checkpoint.step, like)
             except Damaged as error:
-                self._say(
-                    f"the checkpoint after step {step} is damaged ({error}); trying the one before "
-                    "it"
-                )
-                damaged.append(step)
+                failures.append((checkpoint.step, error))
                 continue
-            if damaged:
-                self._set_aside(damaged)
-            self._complete = step
+            # That this one can be read proves that those after it are damaged.
+            self._set_aside(failures)
+            self._complete = checkpoint.step
             return state
-        if damaged:
+        for step, error in failures:
+            if isinstance(error, Different):
+                commit = _description(self._folder.parent).get("commit")
+                sources = f"the sources of commit {commit}" if commit else "the former sources"
+                raise CheckpointError(
+                    f"the checkpoint after step {step} in {self._folder} is of another program or "
+                    f"of other options: {error}. It was not changed. Resume it with {sources}, "
+                    "with config.json as it was, or start a new run with another --out"
+                )
+        if failures:
             raise CheckpointError(
-                f"none of the checkpoints in {self._folder} can be read; they were not changed. "
-                "Put back a copy of one, or start the run again with another --out"
+                f"none of the checkpoints in {self._folder} can be read ({failures[0][1]}); they "
+                "were not changed. Put back a copy of one, or start the run again with another "
+                "--out"
             )
         return None
 
@@ -144,48 +152,45 @@ class Checkpoints:
             if int(loaded["digest"]) != int(digest(loaded["state"])):
                 raise Damaged("its contents are not those that were written")
             return loaded["state"]
-        except (Damaged, CheckpointError):
+        except Damaged:
             raise
         except Exception as error:  # of many libraries' types, and often within another's
-            if found := re.search("|".join(_DAMAGE), str(error)):
-                raise Damaged(found[0]) from error
+            if _files_are_to_blame(error, self._folder / str(step)):
+                raise Damaged(reason(error)) from error
             raise CheckpointError(
                 f"the checkpoint after step {step} in {self._folder} could not be read "
                 f"({reason(error)}); it was not changed. Resume with --resume once this is solved"
             ) from error
 
     def _check_structure(self, step: int, like: TrainState) -> None:
-        """Raises CheckpointError if a checkpoint is not one of this program and these options."""
+        """Raises Different if a checkpoint is not one of this program and these options."""
         metadata: Any = self._checkpointer.metadata(step).metadata
-        there, here = (_shapes(tree) for tree in (metadata["state"], like))
-        if there == here:
+        if metadata is None:  # Orbax could not read it: to load the rest will say why
             return
-        parts = []
-        for leaf in sorted(there.keys() | here.keys()):
-            if there.get(leaf) != here.get(leaf):
-                parts.append(
-                    f"{leaf} is {there.get(leaf, 'not')} there and {here.get(leaf, 'not')} here"
-                )
-        more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
-        commit = _description(self._folder.parent).get("commit")
-        raise CheckpointError(
-            f"the checkpoint after step {step} in {self._folder} is of another program or of other "
-            f"options: {'; '.join(parts[:3])}{more}. It was not changed. Resume it "
-            + (f"with the sources of commit {commit}, " if commit else "with the former sources, ")
-            + "with config.json as it was, or start a new run with another --out"
-        )
+        there, here = (_shapes(tree) for tree in (metadata["state"], like))
+        parts = [
+            f"{leaf} is {there.get(leaf, 'not')} there and {here.get(leaf, 'not')} here"
+            for leaf in sorted(there.keys() | here.keys())
+            if there.get(leaf) != here.get(leaf)
+        ]
+        if parts:
+            more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
+            raise Different("; ".join(parts[:3]) + more)
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if is_first_process():
-            for step in steps:
-                path, number = self._folder / str(step), 1
-                while (aside := self._folder / f"{step}.damaged{number}").exists():
-                    number += 1
-                path.rename(aside)
-                self._say(f"{path} was renamed to {aside.name}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self._checkpointer.reload()
+    def _set_aside(self, failures: list[tuple[int, Damaged]]) -> None:
+        for step, error in failures if is_first_process() else ():
+            path, number = self._folder / str(step), 1
+            while (aside := self._folder / f"{step}.damaged{number}").exists():
+                number += 1
+            path.rename(aside)
+            self._say(
+                f"the checkpoint after step {step} is damaged ({error}), and was renamed to "
+                f"{aside}; the one before it is used"
+            )
+        if failures:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._checkpointer.reload()
 
     def __enter__(self) -> Self:
         return self
@@ -225,9 +230,25 @@ class Checkpoints:
         )
 
 
-# What TensorStore, Orbax and Python's JSON say of files that are missing or not what was written.
-# An error without any of them, such as no memory or a failing disk, proves nothing.
-_DAMAGE = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", r"Expecting [^:]*", "Unterminated string")
+# What an error says that may not come again, and proves nothing about the files.
+_PASSING = (
+    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "out of memory", os.strerror(errno.ENOMEM)),
+    *(os.strerror(errno.EIO), os.strerror(errno.EACCES), os.strerror(errno.EPERM)),
+    *(os.strerror(errno.EMFILE), os.strerror(errno.ENFILE), os.strerror(errno.ETIMEDOUT)),
+)
+
+
+def _files_are_to_blame(error: Exception, folder: Path) -> bool:
+    """Whether a checkpoint could not be read although the machine can read its files."""
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _PASSING):
+        return False
+    try:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.read_bytes()
+    except OSError:
+        return False
+    return True
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -180,10 +180,7 @@ def parse(args: Sequence[str] | None = None) -> tuple[Experiment, Launch]:
     out = local_path("out", options.launch.out or Path("runs", options.experiment.name))
     resume, config = options.launch.resume, out / "config.json"
     if (resume or options.launch.auto_resume) and config.exists():
-        saved = json.loads(config.read_text()).get("launch", {})
-        kept = ("data_dir", "checkpoint_minutes", "wandb", "fsdp")
-        kept = json.dumps({name: saved[name] for name in kept if name in saved})
-        options, resume = _read(args, Options(load(config), _LAUNCH.validate_json(kept))), True
+        options, resume = _read(args, _options_of(config)), True
     data_dir = options.launch.data_dir and local_path("data_dir", options.launch.data_dir)
     launch = dataclasses.replace(options.launch, out=out, resume=resume, data_dir=data_dir)
     return options.experiment, launch
@@ -200,7 +197,8 @@ def validate(experiment: Experiment, launch: Launch) -> None:
         try:
             adapter.validate_json(json.dumps(dataclasses.asdict(options), default=str))
         except ValidationError as error:
-            raise UserError(f"--{explain(error).replace('_', '-', 1)}") from error
+            name, _, problem = explain(error).partition(" ")
+            raise UserError(f"{option(name)} {problem}") from error
     processes = (launch.coordinator, launch.num_processes, launch.process_id)
     if None in processes and processes != (None, None, None):
         raise UserError(
@@ -239,17 +237,26 @@ def load(path: Path) -> Experiment:
       ValueError: if the file cannot be read, is damaged, or of another version; the message names
         it.
     """
+    return _options_of(path).experiment
+
+
+def _options_of(path: Path) -> Options:
+    """What a `config.json` holds of the options, of the launch what a resumed run keeps."""
     try:
         description = json.loads(path.read_text())
         if not (isinstance(description, dict) and "config" in description):
             raise ValueError("no options are in it")
         if description.get("schema", 1) in READABLE:
-            return experiment_of(description["config"])
+            saved = description.get("launch") or {}
+            names = ("data_dir", "checkpoint_minutes", "wandb", "fsdp")
+            kept = json.dumps({name: saved[name] for name in names if name in saved})
+            return Options(experiment_of(description["config"]), _LAUNCH.validate_json(kept))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a config.json") from error
     except ValueError as error:
+        reason = explain(error) if isinstance(error, ValidationError) else error
         raise UserError(
-            f"{path} is damaged: {error}; put back a copy of it, or start the run again with "
+            f"{path} is damaged: {reason}; put back a copy of it, or start the run again with "
             "another --out"
         ) from error
     raise UserError(_of_another_version(path, description))

@@ -165,7 +165,11 @@ class RunFolder:
         """
         new = not self._launch.resume
         if new and not (self.path / LOCK).exists():  # the lock would touch what is there
-            self._check_vacant()
+            try:
+                self._check_vacant()
+            except FileExistsError:
+                if not (self.path / LOCK).exists():  # else another run took the folder just now
+                    raise
         with contextlib.ExitStack() as stack:
             with _explained(self.path):
                 stack.enter_context(lock(self.path))

@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -163,10 +164,12 @@ class _Enduring(io.FileIO):
 
     def write(self, data, /):  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
-            return super().write(data)
+            while (written := super().write(data)) is None:  # another program made it non-blocking
+                select.select([], [self], [])
+            return written
         except OSError as error:
             # A full disk may have space again; a closed pipe or terminal never comes back.
-            if error.errno not in (errno.EAGAIN, errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)

@@ -1,0 +1,171 @@
+"""When a run writes a checkpoint and stops, and that it outlives whoever reads its output."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from training import signals
+from training.signals import Interrupted, Request, Requests, interruptible
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+@pytest.fixture
+def requests():
+    """A run that has begun, with a checkpoint every two minutes."""
+    with Requests(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), 2.0) as entered:
+        entered.begin()
+        yield entered
+
+
+def test_a_checkpoint_is_due_every_so_many_minutes(clock, requests):
+    requests.begin()
+    due = []
+    for seconds in (1, 60, 58, 2, 118, 3, 1000, 1):
+        clock[0] += seconds
+        due.append(requests.next().save)
+    assert due == [False, False, False, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_a_signal_is_kept_for_all_later_requests_and_only_while_entered(name, capfd):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with Requests(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), 1.0) as requests:
+        requests.begin()
+        assert requests.next() == Request(False, 0)
+        assert signal.getsignal(number) is not before  # else it would end the tests
+        signal.raise_signal(number)
+        assert [requests.next().signal for _ in range(2)] == [number] * 2
+        assert requests.signal == number
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err == f"train.py: {name}: stopping after this step\n"
+
+
+def test_all_processes_get_the_largest_request_of_any(monkeypatch, requests):
+    """As with several processes, whose requests travel over the devices."""
+    signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert jax.device_get(requests.next()).tolist() == [0, signal.SIGTERM]
+
+
+def test_what_a_stopped_run_says_and_its_exit_code():
+    with pytest.raises(KeyError, match="mine"):
+        interruptible(lambda: {}["mine"])
+    stopped = Interrupted(signal.SIGUSR1, 12, Path("a run"))
+    assert stopped.exit_code == 128 + signal.SIGUSR1
+    assert str(stopped).startswith("SIGUSR1: stopped after step 12,")
+    assert str(stopped).endswith("python train.py --resume --out 'a run'")
+
+
+def child(code: str, *arguments: str, **pipes: Any) -> subprocess.Popen[Any]:
+    options = [each for each in arguments if each == "-u"]
+    program = f"import signal, sys\nfrom training.signals import *\n{code}"
+    command = [sys.executable, *options, "-c", program, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
+
+
+IN_A_RUN = """
+from training.devices import make_mesh
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+with Requests(make_mesh(), 1.0) as requests:
+    signal.raise_signal(signal.SIGHUP)
+    if begun := "begun" in sys.argv:
+        requests.begin()
+    signal.raise_signal(getattr(signal, sys.argv[-1]))
+    print(requests.signal, flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    print("not reached")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "begun"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGINT, ("begun",))]
+)
+def test_a_signal_before_the_run_begins_ends_at_once_and_so_does_a_second_ctrl_c(number, begun):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = child(IN_A_RUN, *begun, number.name, **pipes)
+    said, errors = process.communicate(timeout=60)
+    if begun:
+        assert (process.returncode, said) == (130, b"%d\n" % number)
+    else:
+        assert (process.returncode, said) == (128 + number, b"")
+        assert errors == b"train.py: %s: stopped before it took a step\n" % number.name.encode()
+
+
+# Prints more than a pipe's or a buffer's size; waits before it does, and before it ends.
+TALKS = """
+outlive_readers()
+print("first", flush=True)
+sys.stdin.readline()
+for number in range(10_000):
+    print(number)
+    print(number, file=sys.stderr)
+sys.stdin.readline()
+print("the end")  # left to the flush at exit
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("reader", "options"),
+    [
+        *[("is slow", options) for options in ((), ("-u",))],
+        *[("closes the pipe", options) for options in ((), ("-u",))],
+        ("closes the terminal", ()),
+    ],
+)
+def test_a_program_outlives_its_reader(reader, options):
+    ours, theirs = pty.openpty() if "terminal" in reader else os.pipe()
+    os.set_blocking(theirs, reader != "is slow")
+    process = child(TALKS, *options, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert process.stdin
+    with open(ours, "rb", buffering=0) as file:
+        assert file.read(5) == b"first"
+        if reader == "is slow":
+            process.stdin.write(b"go\ngo\n")
+            process.stdin.close()
+            time.sleep(0.5)
+            lines = b"".join(iter(lambda: file.read(10_000), b"")).splitlines()
+            assert (len(lines), lines[-1]) == (2 + 2 * 10_000, b"the end")
+    if "closes" in reader:
+        process.communicate(b"go\ngo\n")
+    assert process.wait(timeout=60) == 7
+
+
+def test_a_full_disk_loses_only_what_does_not_fit():
+    with open("/dev/full", "wb") as full:
+        process = child(TALKS, stdin=subprocess.DEVNULL, stdout=full, stderr=full)
+        assert process.wait(timeout=60) == 7
+        stream = signals._Enduring(full.fileno(), "w", closefd=False)
+        assert stream.write(b"lost") == 4
+        # It is not given up: there may be space again.
+        assert os.path.samestat(os.fstat(full.fileno()), os.stat("/dev/full"))
+
+
+def test_a_closed_stream_and_characters_that_the_encoding_lacks():
+    code = "sys.stdout = None; outlive_readers(); print(); print('\\udce9 é', file=sys.stderr)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = child(code, stderr=subprocess.PIPE, env=environment)
+    assert process.communicate(timeout=60)[1] == b"\\udce9 \\xe9\n"
+    assert process.returncode == 0
