@@ -161,7 +161,13 @@ def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
         raise DataError(f"{name} needs {', '.join(missing)}: run `pip install -e '.[cifar]'`")
     from training import cifar
 
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    try:
+        root = root.expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"{root} is not known ({error}); give a whole path with --data-dir"
+        ) from error
     folder, command = root / name / cifar.VERSION, f"python -m training.data {name} --data-dir"
     if root.exists() and not root.is_dir():
         raise DataError(f"--data-dir is {root}, which is a file; give a folder")

@@ -1,6 +1,5 @@
 """What a run records: a line for each epoch, and where it was made."""
 
-import functools
 import json
 import os
 import platform
@@ -120,14 +119,13 @@ def explain(error: ValidationError) -> str:
             return f"{name or 'the value'} is {first['input']!r}; {message}"
 
 
-@functools.cache
 def environment() -> dict[str, Any]:
     """Versions, device and commit, under the names that records have for them."""
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
-        "commit": commit_of(ROOT),
+        "commit": COMMIT,
     }
 
 
@@ -162,3 +160,7 @@ def commit_of(folder: Path) -> str | None:
     except subprocess.CalledProcessError:  # such as a damaged index
         changed = "unknown"
     return commit + ("-dirty" if changed else "")
+
+
+# Read once: the code that runs is the imported one, whatever happens to its files later.
+COMMIT = commit_of(ROOT)

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import pytest
 from rich.console import Console
-from training.config import Experiment
 
 from tests.training.test_record import GOOD
 from training import display
