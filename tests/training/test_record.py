@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from training import record as record_module
-from training.record import Record, RecordError, commit_of, environment, parse_records, read_records
+from training.record import Record, RecordError, commit_of, parse_records, read_records
 
 GOOD: Any = {"epoch": 1, "step": 10, "train_loss": 2.5, "test_loss": 2.0, "test_accuracy": 0.5}
 GOOD |= {"learning_rate": 1e-3, "global_std": 0.01, "scale_factor": 0.75, "scale_factor_max": 0.875}
@@ -130,11 +129,3 @@ def test_a_git_that_does_not_run_is_said_and_nothing_is_recorded(
     assert said.startswith(f"the commit of {sources} will not be recorded: ")
     assert said.count("\n") == 1
     assert ("dubious ownership" in said) == (there == "a failure")
-
-
-def test_the_commit_is_the_one_that_runs_though_another_follows(monkeypatch):
-    environment.cache_clear()
-    commits = iter(["first", "second"])
-    monkeypatch.setattr(record_module, "commit_of", lambda folder: next(commits))
-    assert [environment()["commit"] for _ in range(2)] == ["first", "first"]
-    environment.cache_clear()
