@@ -182,13 +182,17 @@ def parse(args: Sequence[str] | None = None) -> tuple[Experiment, Launch]:
     if (resume or options.launch.auto_resume) and config.exists():
         options, resume = _read(args, _options_of(config)), True
     data_dir = options.launch.data_dir and local_path("data_dir", options.launch.data_dir)
+    data_dir = data_dir and data_dir.absolute()  # a run may be resumed from another folder
     launch = dataclasses.replace(options.launch, out=out, resume=resume, data_dir=data_dir)
+    validate(options.experiment, launch)
     return options.experiment, launch
 
 
 def _read(args: Sequence[str], default: Options) -> Options:
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    return tyro.cli(Options, args=args, default=default, config=config)
+    # What a recorded run has switched on may be given again, or be switched off.
+    is_on = default.experiment.effect or default.launch.wandb or default.launch.fsdp
+    pairs = () if is_on else (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(Options, args=args, default=default, config=(*pairs, tyro.conf.DisallowNone))
 
 
 def validate(experiment: Experiment, launch: Launch) -> None:
