@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from training import UserError, data, devices
 from training.checkpoints import Checkpoints, save_model
 from training.display import Display
-from training.options import Experiment, Launch, check_resumes, parse, show_choices, validate
+from training.options import Experiment, Launch, check_resumes, parse, show_choices
 from training.record import Record
 from training.run_folder import PICTURES, RunFolder, finished_records
 from training.signals import Interrupted, Request, Requests, interruptible, one_line_errors
@@ -47,7 +47,6 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
       NotFinite: at a NaN or infinite loss or gradient. What was written until then stays.
       Interrupted: after a signal to stop, once a checkpoint is written.
     """
-    validate(experiment, launch)
     path = launch.out or Path("runs", experiment.name)
     if launch.resume:
         check_resumes(experiment, path)

@@ -52,7 +52,12 @@ def write(folder: Path, schema: int | None = SCHEMA, launch: object = None, **op
 def test_every_option_is_read():
     changed: dict = dataclasses.asdict(EXPERIMENT) | {"warmup_epochs": 1.5, "weight_decay": 0.25}
     changed |= {"label_smoothing": 0.2, "cutmix_probability": 0.3, "checkpoint_minutes": 1.5}
-    changed |= {"tag": "wide", "precision": "bfloat16", "data_dir": Path("data"), "out": Path("o")}
+    changed |= {
+        "tag": "wide",
+        "precision": "bfloat16",
+        "data_dir": Path("data").absolute(),
+        "out": Path("o"),
+    }
     changed |= {"coordinator": "localhost:1234", "num_processes": 2, "process_id": 1}
     flags = ("effect", "resume", "auto_resume", "fsdp", "wandb", "list", "debug")
     changed |= dict.fromkeys(flags, True)
