@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from models import MODELS
-from training import UserError
+from training import UserError, is_full
 from training.data import normalize
 from training.devices import is_first_process
 from training.run_folder import OpenFolder
@@ -55,17 +55,16 @@ class Checkpoints:
         self._say = say
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._run = OpenFolder(folder.parent)
-        self._checkpointer = self._open()
+        self._open()
+
+    def _open(self) -> None:
+        latest: Any = ocp.training.preservation_policies.LatestN(KEPT)
+        path = str(self._folder.absolute())
+        self._checkpointer = ocp.training.Checkpointer(
+            path, preservation_policy=latest, cleanup_tmp_directories=True
+        )
         self._writing: tuple[int, Any] | None = None
         self._complete: int | None = None  # the latest step whose checkpoint is
-
-    def _open(self) -> ocp.training.Checkpointer:
-        latest: Any = ocp.training.preservation_policies.LatestN(KEPT)
-        return ocp.training.Checkpointer(
-            str(self._folder.absolute()),
-            preservation_policy=latest,
-            cleanup_tmp_directories=True,
-        )
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to write the state after `step`, once the checkpoint before it is complete.
@@ -80,7 +79,7 @@ class Checkpoints:
         if self._are_lost():
             self._say(f"the checkpoints in {self._folder} are gone; new ones start at step {step}")
             self._close()  # it repeats the error of the one before
-            self._checkpointer, self._complete = self._open(), None
+            self._open()
         contents = {"state": state, "digest": digest(state)}
         try:
             response = self._checkpointer.save_async(step, contents, force=True, overwrite=True)
@@ -102,16 +101,13 @@ class Checkpoints:
         self._run.check()
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """Reads the latest checkpoint that is undamaged.
+        """Reads the latest checkpoint that is undamaged; None if there is no checkpoint yet.
 
         Nothing is deleted. Damaged checkpoints after it are set aside, under another name, so that
         new ones can take their place.
 
         Args:
           like: a state of the same structure, whose shapes, dtypes and shardings the result has.
-
-        Returns:
-          The state, or None if there is no checkpoint yet.
 
         Raises:
           CheckpointError: if the latest one is of another program, or cannot be read now; or if all
@@ -216,26 +212,19 @@ class Checkpoints:
     def _write_error(self, step: int, error: Exception) -> CheckpointError:
         """The error to raise instead; FileNotFoundError if the run's folder is gone."""
         self._run.check()
+        what, remedy = f"the checkpoint after step {step} in {self._folder}", "resume with --resume"
         if self._are_lost():
             remedy = "those before it are gone, so the run cannot be resumed"
-        else:
-            remedy = "resume with --resume"
-            if self._complete is not None:
-                remedy += f" after step {self._complete}, the latest that is complete"
-            if is_full(error):
-                remedy = f"free some space and {remedy}"
-        return CheckpointError(
-            f"the checkpoint after step {step} could not be written to {self._folder} "
-            f"({reason(error)}); {remedy}"
-        )
+        elif self._complete is not None:
+            remedy += f" after step {self._complete}, the latest that is complete"
+        return not_written(what, error, remedy)
 
 
 # What an error says that may not come again, and proves nothing about the files.
-_PASSING = (
-    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "out of memory", os.strerror(errno.ENOMEM)),
-    *(os.strerror(errno.EIO), os.strerror(errno.EACCES), os.strerror(errno.EPERM)),
-    *(os.strerror(errno.EMFILE), os.strerror(errno.ENFILE), os.strerror(errno.ETIMEDOUT)),
-)
+_PASSING_ERRORS = (errno.ENOMEM, errno.EIO, errno.EACCES, errno.EPERM)
+_PASSING_ERRORS += (errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+_PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "out of memory")
+_PASSING += tuple(map(os.strerror, _PASSING_ERRORS))
 
 
 def _files_are_to_blame(error: Exception, folder: Path) -> bool:
@@ -260,11 +249,6 @@ def _shapes(tree: Any) -> dict[str, str]:
     }
 
 
-def is_full(error: Exception) -> bool:
-    """Whether an error means a full disk; some libraries say so only in the message."""
-    return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-
-
 def digest(state: Any) -> jax.Array:
     """A checksum of every bit of a tree of arrays, on any devices; shape=(), dtype=uint32."""
     # A single function of all leaves would take seconds to compile. Each waits for the one before:
@@ -285,9 +269,13 @@ def _add_to_digest(total: jax.Array, leaf: jax.Array) -> jax.Array:
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line: Orbax puts the cause behind its own message."""
-    text = str(error).partition("Error details: ")
-    lines = (text[2] or text[0]).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    cause = str(error).rpartition("Error details: ")[2]
+    return f"{type(error).__name__}: {cause.partition(chr(10))[0][:200]}"
+
+
+def not_written(what: str, error: Exception, remedy: str) -> CheckpointError:
+    space = "free some space and " if is_full(error) else ""
+    return CheckpointError(f"{what} could not be written ({reason(error)}); {space}{remedy}")
 
 
 def save_model(folder: Path, model: nnx.Module) -> None:
@@ -300,10 +288,7 @@ def save_model(folder: Path, model: nnx.Module) -> None:
     try:
         ocp.save(str(path.absolute()), nnx.state(model, VARIABLES), overwrite=True)
     except Exception as error:
-        remedy = "free some space and resume" if is_full(error) else "resume"
-        raise CheckpointError(
-            f"{path} could not be written ({reason(error)}); {remedy} with --resume"
-        ) from error
+        raise not_written(str(path), error, "resume with --resume") from error
 
 
 class Classifier(nnx.Module):
@@ -320,14 +305,9 @@ class Classifier(nnx.Module):
 
 
 def load_model(folder: str | os.PathLike[str]) -> Classifier:
-    """The trained model of a finished run, in evaluation mode.
+    """The trained model of the finished run in a folder, in evaluation mode.
 
-    Args:
-      folder: the run's folder.
-
-    Returns:
-      The network that `config.json` describes, with the parameters that the run ended with, as a
-      function from images of bytes to logits.
+    It is the network that `config.json` describes, with the parameters that the run ended with.
     """
     description = _description(Path(folder))
     experiment = description["config"]

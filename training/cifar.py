@@ -31,10 +31,7 @@ class _Cifar(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     labels: ClassVar[dict[str, tuple[str, int]]]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-        }
+        features = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(32, 32, 3))}
         for label, (_, num_classes) in self.labels.items():
             features[label] = tfds.features.ClassLabel(num_classes=num_classes)
         return tfds.core.DatasetInfo(
@@ -108,10 +105,6 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> None:
     The folder appears only when it is complete. The archive (170 MB) is checked against the
     checksum that TensorFlow Datasets ships and stays in `data_dir/downloads`; without a network,
     one found in `data_dir/downloads/manual` is used instead.
-
-    Args:
-      name: `"cifar10"` or `"cifar100"`.
-      data_dir: the folder of all data sets.
     """
     builder = _BUILDERS[name](data_dir=data_dir)
     if not Path(data_dir, "downloads", "manual", archive(name)).exists():
@@ -129,12 +122,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str]) -> None:
 
 
 def read(name: str, data_dir: str | os.PathLike[str], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads one split of a prepared data set; needs no network.
-
-    Args:
-      name: `"cifar10"` or `"cifar100"`.
-      data_dir: the folder of all data sets.
-      split: `"train"` or `"test"`.
+    """Reads a prepared split, `"train"` or `"test"`; needs no network.
 
     Returns:
       Images of shape `(n, 32, 32, 3)`, uint8, and their labels (the fine ones of CIFAR-100) of

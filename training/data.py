@@ -96,13 +96,9 @@ def load(
 ) -> Dataset:
     """Loads a data set.
 
-    - `"digits"`: scikit-learn's bundled handwritten digits, enlarged from 8x8 to 16x16; one
-      channel, 10 classes, a fixed split into 1,437 training and 360 test images.
-    - `"cifar10"`, `"cifar100"`: 32x32, three channels, 10 or 100 classes, 50,000 training and
-      10,000 test images.
-
     Args:
-      name: one of the above.
+      name: one of `DATASETS`. Of the digits, enlarged from 8x8 to 16x16, a fixed 360 are for the
+        test.
       data_dir: the folder of the TensorFlow Datasets; CIFAR is downloaded there (170 MB) if it is
         missing. Default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       train_size: the number of training images to keep, balanced over the classes. With the same
@@ -123,23 +119,14 @@ def load(
 
 
 def random_dataset(name: str, num_train: int | None = None) -> Dataset:
-    """Random images and labels in the shapes of a data set, to measure speed without one.
-
-    Args:
-      name: the data set.
-      num_train: the number of training images (default: as many as it has). There are a fifth as
-        many test images.
-    """
-    spec = DATASETS[name]
-    num_train = num_train or spec.num_train
-    rng = np.random.default_rng(0)
-
-    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random images in the shapes of a data set, to measure speed; a fifth as many for the test."""
+    spec, rng = DATASETS[name], np.random.default_rng(0)
+    arrays = []
+    for count in (num_train or spec.num_train, (num_train or spec.num_train) // 5):
         shape = (count, spec.image_size, spec.image_size, len(spec.mean))
-        images = rng.integers(0, 256, shape, np.uint8)
-        return images, rng.integers(0, spec.num_classes, count, np.int32)
-
-    return _described(name, *split(num_train), *split(num_train // 5))
+        arrays.append(rng.integers(0, 256, shape, np.uint8))
+        arrays.append(rng.integers(0, spec.num_classes, count, np.int32))
+    return _described(name, *arrays)
 
 
 def _digits() -> Dataset:
@@ -150,9 +137,9 @@ def _digits() -> Dataset:
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     images = images.repeat(2, axis=1).repeat(2, axis=2)
     labels = labels.astype(np.int32)
-    split = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    train, test = map(np.asarray, split)
-    return _described("digits", images[train], labels[train], images[test], labels[test])
+    split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    train_images, test_images, train_labels, test_labels = map(np.asarray, split)
+    return _described("digits", train_images, train_labels, test_images, test_labels)
 
 
 def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
@@ -211,11 +198,7 @@ def _shortened(error: Exception) -> str:
 
 def _described(name: str, *arrays: np.ndarray) -> Dataset:
     spec = DATASETS[name]
-    train_images, train_labels, test_images, test_labels = arrays
-    return Dataset(
-        *(train_images, train_labels, test_images, test_labels),
-        *(spec.num_classes, spec.mean, spec.std),
-    )
+    return Dataset(*arrays, num_classes=spec.num_classes, mean=spec.mean, std=spec.std)
 
 
 def _subset(dataset: Dataset, name: str, train_size: int, seed: int) -> Dataset:
@@ -276,9 +259,6 @@ def cutmix(
       images: shape `(batch, height, width, channels)`.
       labels: probabilities of shape `(batch, num_classes)`.
       probability: how likely it is that the batch is mixed at all.
-
-    Returns:
-      Images and labels, of the same shapes.
 
     References:
       Yun et al., `CutMix <https://arxiv.org/abs/1905.04899>`_, 2019, algorithm A1

@@ -31,9 +31,6 @@ SMALLEST_SHARDED = 1024  # entries; smaller arrays are not worth a gather
 def prepare(batch_size: int) -> None:
     """Uses a CPU's cores and memory well, and keeps compiled programs. Call it before JAX is used.
 
-    Args:
-      batch_size: that of the runs to come.
-
     Raises:
       UserError: if JAX is set to float64, in which nothing here computes.
     """
@@ -92,13 +89,12 @@ def _keep_compiled() -> None:
     if cast(Any, jax.config).jax_compilation_cache_dir is not None:
         return
     # A program compiled for one type of CPU may crash on another that shares the home directory.
-    cpuinfo, description = Path("/proc/cpuinfo"), {platform.machine(), platform.processor()}
+    cpuinfo, cpu = Path("/proc/cpuinfo"), {platform.machine(), platform.processor()}
     if cpuinfo.exists():
         names = ("model name", "flags", "CPU part", "Features")
-        description |= {line for line in cpuinfo.read_text().splitlines() if line.startswith(names)}
-    digest = hashlib.sha256("\n".join(sorted(description)).encode()).hexdigest()
-    cpu_type = f"{platform.machine()}-{digest[:12]}"
-    folder = Path(platformdirs.user_cache_dir("optax_autoscale")) / cpu_type
+        cpu |= {line for line in cpuinfo.read_text().splitlines() if line.startswith(names)}
+    digest = hashlib.sha256("\n".join(sorted(cpu)).encode()).hexdigest()
+    folder = platformdirs.user_cache_path("optax_autoscale") / f"{platform.machine()}-{digest[:12]}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -198,15 +194,9 @@ def by_batch(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(state: Any, mesh: Mesh, *, fsdp: bool) -> Any:
-    """The sharding of each array of a state: replicated, or with `fsdp` split over the devices.
+    """The sharding of each array of a state, or of its shapes: a copy of it on every device.
 
-    Args:
-      state: a tree of arrays or their shapes.
-      mesh: the devices.
-      fsdp: whether large arrays are split, along their longest axis that the devices divide.
-
-    Returns:
-      A tree of shardings.
+    With `fsdp`, large arrays are split instead, along their longest axis that the devices divide.
     """
 
     def sharding(leaf: Any) -> NamedSharding:

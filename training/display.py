@@ -7,19 +7,11 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Self
 
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
-from rich.text import Text
 
 from training.options import Experiment
 from training.record import Record
@@ -29,14 +21,9 @@ WIDTH = 44  # columns of the bars, and of the curves below them
 
 
 class Display:
-    """A live view of a run, as a context manager.
+    """A live view of a run, as a context manager; `quiet` shows nothing.
 
-    Args:
-      experiment: what is trained.
-      steps_per_epoch: the number of steps in each epoch.
-      evaluation: how long an evaluation takes, in steps; the time left is estimated with it until
-        the first one is done.
-      quiet: whether to show nothing.
+    The time left is estimated with an evaluation that takes as long as `evaluation` steps.
     """
 
     def __init__(
@@ -57,15 +44,12 @@ class Display:
         unicode = self._console.encoding.startswith("utf")
         self._levels = "▁▂▃▄▅▆▇█" if unicode else "_.-:=+*#"
         self._spinner = "dots" if unicode else "line"
-        longest = (
-            f"step {steps_per_epoch}/{steps_per_epoch}",
-            f"epoch {self._epochs}/{self._epochs}",
-        )
-        self._label = Column(width=max(14, *map(len, longest)), no_wrap=True)
+        most = max(steps_per_epoch, self._epochs)
+        self._label = Column(width=max(14, len(f"epoch {most}/{most}")), no_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=self._label),
             BarColumn(WIDTH),
-            _Note(),
+            TextColumn("{task.fields[note]}"),
             console=self._console,
             speed_estimate_period=math.inf,  # the mean over the last 1,000 steps
             get_time=time.monotonic,
@@ -84,11 +68,7 @@ class Display:
 
     @contextlib.contextmanager
     def compiling(self, text: str) -> Iterator[None]:
-        """Prints that the program is being compiled; in a terminal, shows for how long.
-
-        Args:
-          text: begins the line.
-        """
+        """Prints a line, and that the program is being compiled; in a terminal, for how long."""
         self.say(f"{text}, compiling ...")
         spinner = Progress(
             SpinnerColumn(self._spinner),
@@ -102,28 +82,18 @@ class Display:
             yield
 
     def start(self, step: int, records: Sequence[Record]) -> None:
-        """Starts the clock after `step` steps, and the table that `epoch` adds to.
-
-        Args:
-          step: the number of steps that are done already.
-          records: the epochs that are.
-        """
+        """Starts the clock, after these steps and epochs, and the table that `epoch` adds to."""
         for record in records:
             first = record["step"] - self._steps_per_epoch + 1
             keys = ("train_loss", "global_std", "scale_factor", "update_norm_ratio")
             self._add(first, *(record[key] for key in keys))
         self._done = step
         # In units of a step, so that the speed and the time left count the evaluations too.
-        self._run = self._progress.add_task(
-            "epoch",
-            total=self._completed(self._steps, self._epochs),
-            note=lambda task: f"{self._left()} left",
-        )
+        total = self._completed(self._steps, self._epochs)
+        self._run = self._progress.add_task("epoch", total=total, note="")
         self._progress.update(self._run, completed=self._completed(step, len(records)))
-        self._epoch = self._progress.add_task("step", total=self._steps_per_epoch, note=self._speed)
-        self._evaluating = self._progress.add_task(
-            "evaluating", total=None, visible=False, note=_elapsed
-        )
+        self._epoch = self._progress.add_task("step", total=self._steps_per_epoch, note="")
+        self._evaluating = self._progress.add_task("evaluating", total=None, visible=False, note="")
         self._last_line = time.monotonic()
         header = "epoch  train loss  test loss  accuracy  grad std   scale  "
         last = "ratio  cosine" if self._effect else "images/s"
@@ -144,15 +114,18 @@ class Display:
         epoch, in_epoch = divmod(step - 1, self._steps_per_epoch)
         if in_epoch == 0:
             self._progress.reset(self._epoch)
+        self._progress.update(self._run, completed=self._completed(step, epoch))
+        self._progress.update(self._epoch, completed=in_epoch + 1)
+        speed = self._progress.tasks[self._epoch].speed
         self._progress.update(
             self._run,
-            completed=self._completed(step, epoch),
             description=f"epoch {epoch + 1}/{self._epochs}",
+            note=f"{self._left()} left",
         )
         self._progress.update(
             self._epoch,
-            completed=in_epoch + 1,
             description=f"step {in_epoch + 1}/{self._steps_per_epoch}",
+            note=f"{speed * self._batch_size:.0f} images/s" if speed else "",
         )
         self._add(step, loss, global_std, scale_factor, norm_ratio)
         now = time.monotonic()
@@ -200,9 +173,6 @@ class Display:
         seconds = self._progress.tasks[self._run].time_remaining
         return "?" if seconds is None else str(timedelta(seconds=seconds))
 
-    def _speed(self, task: Task) -> str:
-        return f"{task.speed * self._batch_size:.0f} images/s" if task.speed else ""
-
     def _view(self) -> Group:
         curves = Table.grid(self._label.copy(), Column(no_wrap=True), "", padding=(0, 1))
         columns = self._done * WIDTH // self._steps
@@ -211,35 +181,21 @@ class Display:
         return Group(self._progress, curves)
 
     def _latest(self) -> dict[str, str]:
-        return {
-            name: f"{curve.latest:.4g}"
-            for name, curve in self._curves.items()
-            if curve.latest is not None
-        }
-
-
-class _Note(ProgressColumn):
-    """What the function in a task's field `note` says of it."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["note"](task))
-
-
-def _elapsed(task: Task) -> str:
-    return str(timedelta(seconds=round(task.elapsed or 0.0)))
+        curves = self._curves.items()
+        return {name: f"{each.latest:.4g}" for name, each in curves if each.latest is not None}
 
 
 class Curve:
-    """A positive quantity over the course of a run, for a line of text."""
+    """A positive quantity over the course of a run, for a line of text of `WIDTH` columns."""
 
     def __init__(self) -> None:
         self.latest: float | None = None
-        self._columns: dict[int, tuple[float, int]] = {}  # sum and number of the values there
+        self._sums, self._counts = np.zeros(WIDTH), np.zeros(WIDTH, int)
 
     def add(self, column: int, value: float) -> None:
         """Adds a value to a column of the text."""
-        total, number = self._columns.get(column, (0.0, 0))
-        self._columns[column] = (total + value, number + 1)
+        self._sums[column] += value
+        self._counts[column] += 1
         self.latest = value
 
     def draw(self, columns: int, levels: str) -> str:
@@ -251,16 +207,10 @@ class Curve:
         >>> curve.draw(6, "1234")
         '112244'
         """
-        means, logs = {at: total / number for at, (total, number) in self._columns.items()}, []
-        for column in range(columns):
-            if column in means:
-                logs.append(math.log(max(means[column], 1e-30)))
-            else:
-                logs.append(logs[-1] if logs else None)
-        known = [log for log in logs if log is not None]
-        low = min(known, default=0.0)
-        height = (max(known, default=0.0) - low) or 1.0
-        return "".join(
-            " " if log is None else levels[round((len(levels) - 1) * (log - low) / height)]
-            for log in logs
-        )
+        drawn = np.flatnonzero(self._counts[:columns])
+        if not len(drawn):
+            return " " * columns
+        logs = np.log(np.maximum(self._sums[drawn] / self._counts[drawn], 1e-30))
+        heights = np.rint((len(levels) - 1) * (logs - logs.min()) / (np.ptp(logs) or 1)).astype(int)
+        before = np.searchsorted(drawn, np.arange(columns), side="right") - 1
+        return "".join(" " if i < 0 else levels[heights[i]] for i in before)

@@ -15,7 +15,7 @@ Transformation: TypeAlias = optax.GradientTransformation
 class MethodSpec(NamedTuple):
     """A transformation of the gradients before the optimizer."""
 
-    make: Callable[[], optax.GradientTransformation]
+    make: Callable[[], Transformation]
     label: str  # in titles, tables and figures
     description: str  # in `train.py --list`
     # Combines the chain and the plain optimizer, where the method is not the chain alone.
@@ -25,13 +25,13 @@ class MethodSpec(NamedTuple):
 class OptimizerSpec(NamedTuple):
     """An optimizer with its weight decay."""
 
-    make: Callable[[optax.ScalarOrSchedule, float], optax.GradientTransformation]
+    make: Callable[[optax.ScalarOrSchedule, float], Transformation]
     label: str
     description: str
     learning_rate: float  # the default
 
 
-def fixed_exponent(exponent: int) -> optax.GradientTransformation:
+def fixed_exponent(exponent: int) -> Transformation:
     """`autoscale` with its exponent fixed before the first step."""
     tx = optax_autoscale.autoscale()
 
@@ -42,7 +42,7 @@ def fixed_exponent(exponent: int) -> optax.GradientTransformation:
     return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
-def centering_by_constant(factor: float) -> optax.GradientTransformation:
+def centering_by_constant(factor: float) -> Transformation:
     """Centers each weight gradient and multiplies all of them by a constant."""
     return optax.chain(optax.scale(factor), optax_autoscale.center_layers())
 
@@ -70,15 +70,11 @@ def graft(direction: Transformation, norm: Transformation) -> Transformation:
     return optax.GradientTransformation(init, update)
 
 
-def adamw(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float
-) -> optax.GradientTransformation:
+def adamw(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> Transformation:
     return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
-def adam(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: float
-) -> optax.GradientTransformation:
+def adam(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> Transformation:
     """Adam with an L2 penalty in the loss, as `torch.optim.Adam(weight_decay=...)`.
 
     The penalty is added after the method, which sees the loss's gradient alone: a factor of 0.5
@@ -87,7 +83,7 @@ def adam(
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
-def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> optax.GradientTransformation:
+def sgd(learning_rate: optax.ScalarOrSchedule, weight_decay: float) -> Transformation:
     penalty = optax.add_decayed_weights(weight_decay)
     return optax.chain(penalty, optax.sgd(learning_rate, momentum=0.9))
 
@@ -110,9 +106,7 @@ METHODS = {
         "normalizes each layer to mean 0 and standard deviation 1 (Yun 2024)",
     ),
     "clip": MethodSpec(
-        partial(optax.clip_by_global_norm, 1.0),
-        "Clipping",
-        "clips the global norm to 1",
+        partial(optax.clip_by_global_norm, 1.0), "Clipping", "clips the global norm to 1"
     ),
     "centering": MethodSpec(
         optax_autoscale.center_layers,
@@ -135,9 +129,7 @@ METHODS = {
         "the paper's method: centers each layer, and multiplies all by one factor",
     ),
     "autoscale_p1": MethodSpec(
-        partial(fixed_exponent, 1),
-        "Autoscale, p = 1",
-        "autoscale with its exponent fixed at 1",
+        partial(fixed_exponent, 1), "Autoscale, p = 1", "autoscale with its exponent fixed at 1"
     ),
     "autoscale_direction": MethodSpec(
         optax_autoscale.autoscale,
@@ -179,14 +171,9 @@ def learning_rate_schedule(
       decay_epochs: the number of epochs between decays, those of the warm-up included.
       warmup_epochs: the number of epochs over which the learning rate rises linearly from 0.
       steps_per_epoch: the number of steps in an epoch.
-
-    Returns:
-      The learning rate as a function of the number of steps taken.
     """
-    transition_steps = max(1, round(decay_epochs * steps_per_epoch))
-    decay = optax.exponential_decay(
-        learning_rate, transition_steps, decay_rate=0.75, staircase=True
-    )
+    decay_steps = max(1, round(decay_epochs * steps_per_epoch))
+    decay = optax.exponential_decay(learning_rate, decay_steps, 0.75, staircase=True)
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if warmup_steps == 0:
         return decay
@@ -201,18 +188,10 @@ def make_optimizer(
     weight_decay: float,
     *,
     effect: bool = False,
-) -> optax.GradientTransformation:
-    """The method's transformation, chained before the optimizer.
+) -> Transformation:
+    """The method's transformation, chained before the optimizer; in `METHODS` and `OPTIMIZERS`.
 
-    Args:
-      method: a name in `METHODS`.
-      optimizer: a name in `OPTIMIZERS`.
-      learning_rate: a number, or a schedule.
-      weight_decay: the optimizer's, decoupled or an L2 penalty.
-      effect: whether to compare each update with the plain optimizer's.
-
-    Returns:
-      The chain; with `effect` inside `measure_effect`.
+    With `effect`, each update is compared with the plain optimizer's.
     """
     make, spec = OPTIMIZERS[optimizer].make, METHODS[method]
     tx = optax.chain(spec.make(), make(learning_rate, weight_decay))

@@ -7,8 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -88,9 +87,8 @@ class Experiment:
     @property
     def name(self) -> str:
         """The run's name, and by default its folder's."""
-        it = self
-        name = f"{it.dataset}-{it.model}-{it.method}-{it.optimizer}-seed{it.seed}"
-        return f"{name}-{it.tag}" if it.tag else name
+        name = f"{self.dataset}-{self.model}-{self.method}-{self.optimizer}-seed{self.seed}"
+        return f"{name}-{self.tag}" if self.tag else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +143,7 @@ _EXPERIMENT, _LAUNCH = TypeAdapter(Experiment), TypeAdapter(Launch)
 def recipe(dataset: DatasetName = "digits", optimizer: OptimizerName = "adamw") -> Experiment:
     """The defaults: for CIFAR the paper's recipe, for digits one that takes a minute on a CPU.
 
-    The recipe is that of section 5 as we read it. `docs/readings.md`, *What the paper leaves to the
-    reader*, has the other readings and how to try each of them.
+    `docs/readings.md` has other readings of the paper's section 5, and how to try each of them.
     """
     experiment = Experiment(
         dataset, optimizer=optimizer, learning_rate=OPTIMIZERS[optimizer].learning_rate
@@ -180,9 +177,10 @@ def parse(args: Sequence[str] | None = None) -> tuple[Experiment, Launch]:
     out = local_path("out", options.launch.out or Path("runs", options.experiment.name))
     resume, config = options.launch.resume, out / "config.json"
     if (resume or options.launch.auto_resume) and config.exists():
-        options, resume = _read(args, _options_of(config)), True
-    data_dir = options.launch.data_dir and local_path("data_dir", options.launch.data_dir)
-    data_dir = data_dir and data_dir.absolute()  # a run may be resumed from another folder
+        options, resume = _read(args, _options_of(config, (SCHEMA,))), True
+    data_dir = options.launch.data_dir
+    if data_dir is not None:  # a run may be resumed from another folder
+        data_dir = local_path("data_dir", data_dir).absolute()
     launch = dataclasses.replace(options.launch, out=out, resume=resume, data_dir=data_dir)
     validate(options.experiment, launch)
     return options.experiment, launch
@@ -203,17 +201,14 @@ def validate(experiment: Experiment, launch: Launch) -> None:
         except ValidationError as error:
             name, _, problem = explain(error).partition(" ")
             raise UserError(f"{option(name)} {problem}") from error
-    processes = (launch.coordinator, launch.num_processes, launch.process_id)
-    if None in processes and processes != (None, None, None):
+    number, id = launch.num_processes, launch.process_id
+    if len({launch.coordinator is None, number is None, id is None}) > 1:
         raise UserError(
             "--coordinator, --num-processes and --process-id go together; got "
-            f"{launch.coordinator}, {launch.num_processes} and {launch.process_id}"
+            f"{launch.coordinator}, {number} and {id}"
         )
-    if launch.process_id is not None and launch.process_id >= (launch.num_processes or 0):
-        raise UserError(
-            f"--process-id is {launch.process_id}; of {launch.num_processes} processes it must be "
-            f"between 0 and {(launch.num_processes or 0) - 1}"
-        )
+    if number is not None and id is not None and id >= number:
+        raise UserError(f"--process-id is {id}; it must be less than --num-processes, {number}")
 
 
 def experiment_of(options: Any) -> Experiment:
@@ -238,19 +233,18 @@ def load(path: Path) -> Experiment:
     """The experiment in a `config.json`.
 
     Raises:
-      ValueError: if the file cannot be read, is damaged, or of another version; the message names
-        it.
+      ValueError: if the file cannot be read, is damaged, or of another version.
     """
-    return _options_of(path).experiment
+    return _options_of(path, READABLE).experiment
 
 
-def _options_of(path: Path) -> Options:
-    """What a `config.json` holds of the options, of the launch what a resumed run keeps."""
+def _options_of(path: Path, schemas: Sequence[int]) -> Options:
+    """What a `config.json` of these schemas holds; of the launch, what a resumed run keeps."""
     try:
         description = json.loads(path.read_text())
         if not (isinstance(description, dict) and "config" in description):
             raise ValueError("no options are in it")
-        if description.get("schema", 1) in READABLE:
+        if description.get("schema", 1) in schemas:
             saved = description.get("launch") or {}
             names = ("data_dir", "checkpoint_minutes", "wandb", "fsdp")
             kept = json.dumps({name: saved[name] for name in names if name in saved})
@@ -263,7 +257,12 @@ def _options_of(path: Path) -> Options:
             f"{path} is damaged: {reason}; put back a copy of it, or start the run again with "
             "another --out"
         ) from error
-    raise UserError(_of_another_version(path, description))
+    commit = description.get("commit")
+    raise UserError(
+        f"{path} was written by another version of train.py, and this one cannot resume its run; "
+        "start a new run with another --out"
+        + (f", or resume it with the sources of commit {commit}" if commit else "")
+    )
 
 
 def check_resumes(experiment: Experiment, folder: Path) -> None:
@@ -274,25 +273,13 @@ def check_resumes(experiment: Experiment, folder: Path) -> None:
             f"there is no run in {folder} to resume; give its folder with --out, "
             "or leave out --resume to start it"
         )
-    begun = load(path)
-    description = json.loads(path.read_text())
-    if description["schema"] != SCHEMA:
-        raise UserError(_of_another_version(path, description))
+    begun = _options_of(path, (SCHEMA,)).experiment
     for name, value in dataclasses.asdict(begun).items():
         if name != "epochs" and getattr(experiment, name) != value:
             raise UserError(
                 f"{option(name)} is {getattr(experiment, name)}, and the run in {folder} was "
                 f"started with {value}; resume it with that, or start another run with --out"
             )
-
-
-def _of_another_version(path: Path, description: dict[str, Any]) -> str:
-    commit = description.get("commit")
-    return (
-        f"{path} was written by another version of train.py, and this one cannot resume its run; "
-        "start a new run with another --out"
-        + (f", or resume it with the sources of commit {commit}" if commit else "")
-    )
 
 
 def option(name: str) -> str:
@@ -324,50 +311,25 @@ def local_path(name: str, path: Path) -> Path:
 
 
 def show_choices(dataset: str) -> None:
-    """Prints a line about each; models with their number of parameters for `dataset`.
+    """Prints a line about each choice, wrapped in a terminal; of models, the size for `dataset`."""
+    of = DATASETS[dataset]
 
-    In a terminal the lines are wrapped.
-    """
-    spec = DATASETS[dataset]
-    make = {
-        name: partial(model.make, num_classes=spec.num_classes, channels=len(spec.mean))
-        for name, model in MODELS.items()
+    def parameters(name: str) -> int:
+        make, sizes = MODELS[name].make, {"num_classes": of.num_classes, "channels": len(of.mean)}
+        network = nnx.eval_shape(lambda: make(**sizes, rngs=nnx.Rngs(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+    more = {name: f"; {parameters(name):,} parameters for {of.label}" for name in MODELS} | {
+        name: f"; {data.num_train:,} training images of {data.image_size}x{data.image_size} "
+        f"pixels, {data.num_classes} classes"
+        for name, data in DATASETS.items()
     }
-    options = {
-        "dataset": {
-            name: f"{data.label}: {data.description}; {data.num_train:,} training images of "
-            f"{data.image_size}x{data.image_size} pixels, {data.num_classes} classes"
-            for name, data in DATASETS.items()
-        },
-        "model": {
-            name: f"{model.label}: {model.description}; {number_of_parameters(make[name]):,} "
-            f"parameters for {spec.label}"
-            for name, model in MODELS.items()
-        },
-        "method": {
-            name: f"{method.label}: {method.description}" for name, method in METHODS.items()
-        },
-        "optimizer": {
-            name: f"{optimizer.label}: {optimizer.description}"
-            for name, optimizer in OPTIMIZERS.items()
-        },
-    }
+    choices: dict[str, Any] = {"dataset": DATASETS, "model": MODELS}
+    choices |= {"method": METHODS, "optimizer": OPTIMIZERS}
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    for option, choices in options.items():
-        print(f"--{option}")
-        longest = max(map(len, choices))
-        for name, text in choices.items():
-            start = f"  {name:{longest}}  "
-            print(
-                textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start))
-            )
-
-
-def number_of_parameters(make: Callable[..., nnx.Module]) -> int:
-    """The number of a network's trainable parameters.
-
-    >>> number_of_parameters(partial(nnx.Linear, 3, 2))
-    8
-    """
-    shapes = nnx.eval_shape(lambda: nnx.state(make(rngs=nnx.Rngs(0)), nnx.Param))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    for kind, specs in choices.items():
+        print(option(kind))
+        for name, spec in specs.items():
+            start = f"  {name:{max(map(len, specs))}}  "
+            text = f"{start}{spec.label}: {spec.description}{more.get(name, '')}"
+            print(textwrap.fill(text, width, subsequent_indent=" " * len(start)))

@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import BoundaryNorm, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -29,30 +28,22 @@ LAYER_HEIGHT = 0.16  # inches of a layer in a map
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by the color-blind
 
 
-def mixed_in(experiments: Sequence[Experiment]) -> str:
-    """What the labels of training batches have and those of test images have not; `""` for nothing.
-
-    >>> mixed_in([Experiment(label_smoothing=0.1, cutmix_probability=0.5)])
-    'label smoothing and CutMix'
-    """
-    smoothing = any(each.label_smoothing for each in experiments)
-    cutmix = any(each.cutmix_probability for each in experiments)
-    return " and ".join(["label smoothing"] * smoothing + ["CutMix"] * cutmix)
-
-
 def plot_curves(records: Sequence[Record], experiment: Experiment, title: str, path: Path) -> None:
     """Draws the loss and the test accuracy over epochs."""
-    mixed = mixed_in([experiment])
-    training, test = (f"training, with {mixed}", "test, without") if mixed else ("training", "test")
+    mixed = ["label smoothing"] * (experiment.label_smoothing > 0)
+    mixed += ["CutMix"] * (experiment.cutmix_probability > 0)
+    training, test = "training", "test"
+    if mixed:
+        training, test = f"training, with {' and '.join(mixed)}", "test, without"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 3), layout="constrained")
         loss_axes, accuracy_axes = figure.subplots(1, 2)
-        plot_epochs(loss_axes, [record["train_loss"] for record in records], ORANGE, training)
-        plot_epochs(loss_axes, [record["test_loss"] for record in records], BLUE, test)
+        _plot_epochs(loss_axes, [record["train_loss"] for record in records], ORANGE, training)
+        _plot_epochs(loss_axes, [record["test_loss"] for record in records], BLUE, test)
         loss_axes.set(title="Loss", ylim=(0, None))
         loss_axes.legend()
         accuracy = [100 * record["test_accuracy"] for record in records]
-        plot_epochs(accuracy_axes, accuracy, BLUE)
+        _plot_epochs(accuracy_axes, accuracy, BLUE)
         accuracy_axes.set_title(f"Test accuracy, {accuracy[-1]:.1f}% at the end")
         _finish(figure, title, path)
 
@@ -76,64 +67,41 @@ def plot_gradients(records: Sequence[Record], title: str, path: Path) -> None:
         plot_layers(figure, layer_axes, [record["epoch"] for record in records], layers)
         layer_axes.set(title="Layer-wise gradient std", yscale="log")
 
-        plot_epochs(global_axes, [record["global_std"] for record in records], BLUE)
+        _plot_epochs(global_axes, [record["global_std"] for record in records], BLUE)
         global_axes.set(title="Global gradient std $s_t$", yscale="log")
         if scaled:
             factors = [record["scale_factor"] for record in records]
-            plot_epochs(more_axes[0], factors, ORANGE)
+            _plot_epochs(more_axes[0], factors, ORANGE)
             more_axes[0].set_title(f"Scale factor $a_t$, exponent {records[-1]['exponent']}")
         if measured:
             ratios = [record["update_norm_ratio"] for record in records]
             cosines = [record["update_cosine"] for record in records]
-            plot_epochs(more_axes[-1], ratios, BLUE, "ratio of norms")
-            plot_epochs(more_axes[-1], cosines, ORANGE, "cosine")
+            _plot_epochs(more_axes[-1], ratios, BLUE, "ratio of norms")
+            _plot_epochs(more_axes[-1], cosines, ORANGE, "cosine")
             more_axes[-1].set_title("Update vs. the plain optimizer's")
             more_axes[-1].legend()
         _finish(figure, title, path)
 
 
 def plot_layer_map(records: Sequence[Record], title: str, path: Path) -> None:
-    """Draws the standard deviation of each layer's gradient by name, in colors over epochs."""
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
-        height = 1.5 + LAYER_HEIGHT * len(records[-1]["layer_std"])
-        figure = Figure(figsize=(8, height), layout="constrained")
-        axes = figure.subplots()
-        mesh = draw_layer_map(axes, records, layer_norm([records]))
-        axes.set_title("Gradient std by layer, from input (top) to output")
-        figure.colorbar(mesh, ax=axes)
-        _finish(figure, title, path)
+    """Draws the standard deviation of each layer's gradient by name, in colors over epochs.
 
-
-def draw_layer_map(axes: Axes, records: Sequence[Record], norm: LogNorm) -> QuadMesh:
-    """Draws a row of colors for each layer, a column for each epoch; layers without any are blank.
-
-    Args:
-      axes: where to draw.
-      records: the epochs of a run.
-      norm: the color scale.
-
-    Returns:
-      What a color bar needs.
+    A layer without any is blank.
     """
     names = list(records[-1]["layer_std"])
     stds = np.array([[record["layer_std"][name] for record in records] for name in names])
-    mesh = axes.pcolormesh(
-        np.arange(len(records) + 1) + 0.5,
-        np.arange(len(names) + 1),
-        np.ma.masked_less_equal(stds, 0),
-        norm=norm,
-    )
-    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=7)
-    axes.invert_yaxis()
-    return mesh
-
-
-def layer_norm(runs: Sequence[Sequence[Record]]) -> LogNorm:
-    """The color scale that fits the layers of all of these runs' records."""
-    stds = [
-        std for run in runs for record in run for std in record["layer_std"].values() if std > 0
-    ]
-    return LogNorm(min(stds, default=1e-3), max(stds, default=1.0))
+    stds = np.ma.masked_less_equal(stds, 0)
+    norm = LogNorm() if stds.count() else LogNorm(1e-3, 1)
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(8, 1.5 + LAYER_HEIGHT * len(names)), layout="constrained")
+        axes = figure.subplots()
+        epochs, rows = np.arange(len(records) + 1) + 0.5, np.arange(len(names) + 1)
+        mesh = axes.pcolormesh(epochs, rows, stds, norm=norm)
+        axes.set_yticks(rows[:-1] + 0.5, names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title("Gradient std by layer, from input (top) to output")
+        figure.colorbar(mesh, ax=axes)
+        _finish(figure, title, path)
 
 
 def plot_layers(
@@ -160,26 +128,16 @@ def plot_layers(
     )
 
 
-def plot_epochs(
-    axes: Axes, values: Sequence[Any], color: Any, label: str = "", line: str = "-"
-) -> None:
-    """Draws a value per epoch, from epoch 1."""
+def _plot_epochs(axes: Axes, values: Sequence[Any], color: str, label: str = "") -> None:
     epochs = range(1, len(values) + 1)
     marker = "o" if len(epochs) < 30 else ""
-    axes.plot(
-        epochs, values, line, color=color, label=label, marker=marker, markersize=3, linewidth=1.2
-    )
+    axes.plot(epochs, values, color=color, label=label, marker=marker, markersize=3, linewidth=1.2)
 
 
 def _finish(figure: Figure, title: str, path: Path) -> None:
     figure.suptitle(title, fontweight="bold")
-    label_epochs(figure)
-    figure.savefig(path)
-
-
-def label_epochs(figure: Figure) -> None:
-    """Labels the horizontal axes of all that has a title, which color bars have not."""
     for axes in figure.axes:
-        if axes.get_title():
+        if axes.get_title():  # color bars have none
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.savefig(path)

@@ -57,7 +57,7 @@ class Record(TypedDict):
 
 _RECORD = TypeAdapter(Record)
 # Keys that older records lack; they are read as None.
-_ADDED = (*("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm_ratio_by_step"),)
+_ADDED = ("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:
@@ -75,14 +75,9 @@ def read_records(folder: str | os.PathLike[str]) -> list[Record]:
 
 
 def parse_records(lines: Sequence[str | bytes], path: Path) -> list[Record]:
-    """Records from lines of JSON: epochs 1, 2, ... once each.
+    """Records from lines of JSON: epochs 1, 2, ... once each; `path` is the file they are from.
 
-    Args:
-      lines: one record each.
-      path: the file that they are from.
-
-    Returns:
-      The records; keys that were added after the file was written are None.
+    Keys that were added after the file was written are None.
 
     Raises:
       RecordError: at a line that is not the record of the next epoch.
@@ -130,36 +125,27 @@ def environment() -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of the sources in a folder, with `-dirty` where they differ from it.
+    """The commit of the repository at a folder, with `-dirty` where the sources differ from it.
 
-    Args:
-      folder: the top level of their repository.
-
-    Returns:
-      The commit; None outside a repository and, with a line that says why, where git fails.
+    None outside a repository and, with a line that says why, where git fails.
     """
     if not (folder / ".git").exists():  # the sources may lie in a repository that is not theirs
         return None
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
+    command = ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch"]
+    # What a study writes, its records and reports, are not sources.
+    command += ["--untracked-files=no", "--", ":(exclude)results", ":(exclude)README.md"]
     try:
-        commit = git("rev-parse", "--verify", "HEAD")
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         print(f"the commit of {folder} will not be recorded: {reason}", file=sys.stderr)
         return None
-    # What a study writes, its records and reports, are not sources.
-    paths = ("--", ":(exclude)results", ":(exclude)README.md")
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", *paths)
-    except subprocess.CalledProcessError:  # such as a damaged index
-        changed = "unknown"
-    return commit + ("-dirty" if changed else "")
+    first, *others = done.stdout.splitlines()
+    commit = first.removeprefix("# branch.oid ")
+    if commit == "(initial)":
+        return None
+    return commit if all(line.startswith("#") for line in others) else f"{commit}-dirty"
 
 
 # Read once: the code that runs is the imported one, whatever happens to its files later.

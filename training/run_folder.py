@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 
 from models import MODELS
-from training import UserError, plots
+from training import UserError, is_full, plots
 from training.data import DATASETS, Dataset
 from training.optimizers import METHODS, OPTIMIZERS
 from training.options import Experiment, Launch
@@ -44,14 +44,11 @@ class InUse(OSError):
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder, as a context manager.
+    """Keeps other processes out of a folder, which is created if it is missing.
 
     The kernel holds the lock, and releases it when the process ends, however that happens; programs
     that the process starts do not inherit it. A process that holds it may enter it again. On a
     file system without locks, a warning is printed and no process is kept out.
-
-    Args:
-      folder: created if it is missing. The file `run.lock` in it names the owner.
 
     Raises:
       InUse: if another process holds the folder.
@@ -73,8 +70,6 @@ def lock(folder: Path) -> Iterator[None]:
             "two processes use the folder of one run",
             file=sys.stderr,
         )
-        yield
-        return
     try:
         yield
     finally:
@@ -107,25 +102,20 @@ class OpenFolder:
             return
         path, during = self._path, "while the run was in progress"
         link = f"/proc/self/fd/{self._descriptor}"  # as Linux knows it
-        now = Path(os.readlink(link)) if os.path.islink(link) else Path()
-        if not self.is_at(now):
+        now = os.readlink(link) if os.path.islink(link) else ""
+        if not self.is_at(Path(now)):
             raise FileNotFoundError(f"{path} was moved or removed {during}; resume where it is now")
         raise FileNotFoundError(
-            f"{path} was moved to {now} {during}; the finished part is there: resume with: "
-            f"python train.py --resume --out {shlex.quote(str(now))}"
+            f"{path} was moved to {now} {during}; resume with: "
+            f"python train.py --resume --out {shlex.quote(now)}"
         )
 
 
 class RunFolder:
-    """The files of one run, as a context manager that draws the pictures at exit.
+    """The files of one run in `launch.out`, as a context manager that draws the pictures at exit.
 
     No other process can enter it meanwhile. In a run of several processes, only the first one has
     any files.
-
-    Args:
-      experiment: what is trained.
-      launch: how; the folder `out` is created, or with `resume` goes on.
-      dataset: what it trains on.
 
     Raises:
       ValueError: if `launch.wandb` is set and the package is not installed.
@@ -149,7 +139,7 @@ class RunFolder:
             "data": dataset.digest(),
             **environment(),
         }
-        self._trackers: list[TensorBoard | WeightsAndBiases] = []
+        self._trackers: list[Callable[[Record], None]] = []
         if launch.wandb and not find_spec("wandb"):
             raise UserError(
                 "--wandb needs a package that is missing: pip install wandb, or leave --wandb out"
@@ -180,19 +170,21 @@ class RunFolder:
                 self._save_config()
             else:
                 self._check_data()
+            stack.push(self._draw)
             self._held = stack.pop_all()
         return self
 
-    def begin(self, epochs: int, say: Callable[[str], None]) -> None:
-        """Opens the records, and keeps the first `epochs` of those that are there.
+    def __exit__(self, *exception: Any) -> None:
+        self._held.__exit__(*exception)
 
-        Args:
-          epochs: those before the checkpoint that the run resumes from.
-          say: is told about records of later epochs, which are made again.
+    def begin(self, epochs: int, say: Callable[[str], None]) -> None:
+        """Opens the records, and keeps those of the epochs before the checkpoint.
+
+        Those of later epochs are made again; `say` is told about them.
 
         Raises:
-          RecordError: if the records of these epochs are not all there, or there are more of them
-            than epochs before any checkpoint.
+          RecordError: if the records of these epochs are not all there, or there are some of
+            several epochs and no checkpoint.
         """
         path = self.path / "metrics.jsonl"
         with _explained(path):
@@ -223,9 +215,10 @@ class RunFolder:
             self._replace(path, b"".join(line + b"\n" for line in lines[:epochs]))
         self._save_config()
         with _explained(self.path):
-            self._trackers.append(TensorBoard(self.path / "tensorboard", epochs))
-        if self._launch.wandb:
-            self._trackers.append(WeightsAndBiases(self.path, self._experiment))
+            trackers = [tensorboard(self.path / "tensorboard", epochs)]
+            if self._launch.wandb:
+                trackers.append(weights_and_biases(self.path, self._experiment))
+            self._trackers = [self._held.enter_context(tracker) for tracker in trackers]
 
     def write(self, record: Record) -> None:
         """Adds an epoch to all records."""
@@ -238,19 +231,22 @@ class RunFolder:
             os.fsync(file.fileno())
         self.records.append(record)
         with _explained(self.path):
-            for tracker in self._trackers:
-                tracker.write(record)
+            for track in self._trackers:
+                track(record)
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def _draw(self, kind: object, error: object, traceback: object) -> None:
         # After another error, do not report pictures that cannot be written.
-        with self._held, contextlib.suppress(OSError) if error else _explained(self.path):
-            for tracker in self._trackers:
-                tracker.close(failed=error is not None)
+        with contextlib.suppress(OSError) if error else _explained(self.path):
             if self.records and self._opened.is_at(self.path):
                 curves, gradients, layers = (self.path / name for name in PICTURES)
-                plots.plot_curves(self.records, self._experiment, self._title, curves)
-                plots.plot_gradients(self.records, self._title, gradients)
-                plots.plot_layer_map(self.records, self._title, layers)
+                it = self._experiment
+                chain = f"{METHODS[it.method].label} before " if it.method != "none" else ""
+                chain += OPTIMIZERS[it.optimizer].label
+                model, data = MODELS[it.model].label, DATASETS[it.dataset].label
+                title = f"{chain}: {model} on {data}, seed {it.seed}"
+                plots.plot_curves(self.records, it, title, curves)
+                plots.plot_gradients(self.records, title, gradients)
+                plots.plot_layer_map(self.records, title, layers)
 
     def _check_vacant(self) -> None:
         path = self.path
@@ -277,13 +273,6 @@ class RunFolder:
                 f"{self.path} began; resume it with its own --data-dir"
             )
 
-    @property
-    def _title(self) -> str:
-        it = self._experiment
-        optimizer, method = OPTIMIZERS[it.optimizer].label, METHODS[it.method].label
-        chain = optimizer if it.method == "none" else f"{method} before {optimizer}"
-        return f"{chain}: {MODELS[it.model].label} on {DATASETS[it.dataset].label}, seed {it.seed}"
-
     def _save_config(self) -> None:
         text = json.dumps(self._description, indent=2, default=str) + "\n"
         self._replace(self.path / "config.json", text.encode())
@@ -303,12 +292,8 @@ def _explained(path: Path) -> Iterator[None]:
     except InUse:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = (
-            "free some space and resume with --resume"
-            if full
-            else "choose another folder with --out"
-        )
+        full = "free some space and resume with --resume"
+        remedy = full if is_full(error) else "choose another folder with --out"
         raise type(error)(f"{path} cannot be written: {error.strerror}; {remedy}") from error
 
 
@@ -328,82 +313,66 @@ def finished_records(folder: Path, epochs: int) -> list[Record]:
     return records if len(records) == epochs else []
 
 
-class TensorBoard:
-    """The scalars of each epoch, as TensorBoard's event files.
+@contextlib.contextmanager
+def tensorboard(folder: Path, epochs: int) -> Iterator[Callable[[Record], None]]:
+    """Gives a function that adds an epoch's scalars to TensorBoard's event files.
 
-    Args:
-      folder: where the files are; created where it is missing.
-      epochs: those that the run has completed. What the files hold of later ones is hidden.
+    What these hold of epochs after the first `epochs` is hidden.
     """
+    folder.mkdir(exist_ok=True)
+    # TensorBoard reads files in the order of their names, whatever the clock said.
+    number = len(list(folder.iterdir()))
+    # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
+    writer = EventsWriter(str(folder / f"{number:04}"))
 
-    def __init__(self, folder: Path, epochs: int):
-        folder.mkdir(exist_ok=True)
-        # TensorBoard reads files in the order of their names, whatever the clock said.
-        number = len(list(folder.iterdir()))
-        # `SummaryWriter` writes in a thread, which a full disk ends, and waits for it for ever.
-        self._writer = EventsWriter(str(folder / f"{number:04}"))
-        hide_later = SessionLog(status=SessionLog.START)
-        self._writer.write_event(
-            Event(wall_time=time.time(), step=epochs + 1, session_log=hide_later)
-        )
+    def write(step: int, **content: Any) -> None:
+        writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        writer.flush()
 
-    def write(self, record: Record) -> None:
-        """Adds an epoch."""
-        values = [
-            value
-            for name, scalar in _scalars(record).items()
-            for value in summary.scalar(name, scalar).value
-        ]
-        self._writer.write_event(
-            Event(wall_time=time.time(), step=record["epoch"], summary=Summary(value=values))
-        )
-        self._writer.flush()
+    def track(record: Record) -> None:
+        scalars = [summary.scalar(*item).value[0] for item in _scalars(record).items()]
+        write(record["epoch"], summary=Summary(value=scalars))
 
-    def close(self, *, failed: bool) -> None:
-        """Closes the files, whether the run has failed or not."""
-        del failed
-        self._writer.close()
+    write(epochs + 1, session_log=SessionLog(status=SessionLog.START))  # hides what is later
+    try:
+        yield track
+    finally:
+        with contextlib.suppress(OSError):  # all was flushed
+            writer.close()
 
 
-class WeightsAndBiases:
-    """Scalars of each epoch, as a run in Weights & Biases.
-
-    Args:
-      folder: that of the run.
-      experiment: what is trained.
+@contextlib.contextmanager
+def weights_and_biases(folder: Path, experiment: Experiment) -> Iterator[Callable[[Record], None]]:
+    """Gives a function that adds an epoch's scalars to a run in Weights & Biases.
 
     Raises:
-      OSError: if the service cannot be used.
+      ValueError: if the service cannot be used.
     """
-
-    def __init__(self, folder: Path, experiment: Experiment):
-        wandb: Any = importlib.import_module("wandb")
-        known = folder / "wandb_id"  # so that a finished run can go on, offline as well
-        if not known.exists():
-            known.write_text(secrets.token_hex(4))
-        try:
-            self._run = wandb.init(
-                project="optax-autoscale",
-                name=folder.name,
-                dir=folder,
-                config=dataclasses.asdict(experiment),
-                id=known.read_text(),
-                resume="allow",
-                settings=wandb.Settings(console="off"),
-            )
-        except wandb.Error as error:
-            raise OSError(
-                f"Weights & Biases cannot be used: {error}; log in with `wandb login`, set "
-                "WANDB_MODE=offline, or resume without --wandb"
-            ) from error
-
-    def write(self, record: Record) -> None:
-        """Adds an epoch."""
-        self._run.log(_scalars(record), step=record["epoch"])
-
-    def close(self, *, failed: bool) -> None:
-        """Ends the run, as a failed one or not."""
-        self._run.finish(exit_code=int(failed))
+    wandb: Any = importlib.import_module("wandb")
+    known = folder / "wandb_id"  # so that a finished run can go on, offline as well
+    if not known.exists():
+        known.write_text(secrets.token_hex(4))
+    try:
+        run = wandb.init(
+            project="optax-autoscale",
+            name=folder.name,
+            dir=folder,
+            config=dataclasses.asdict(experiment),
+            id=known.read_text(),
+            resume="allow",
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases cannot be used: {error}; log in with `wandb login`, set "
+            "WANDB_MODE=offline, or resume without --wandb"
+        ) from error
+    failed = True
+    try:
+        yield lambda record: run.log(_scalars(record), step=record["epoch"])
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))
 
 
 def _scalars(record: Record) -> dict[str, float]:

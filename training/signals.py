@@ -1,7 +1,6 @@
 """How a program ends: by a signal, by an error, or although nobody reads its output any more."""
 
 import contextlib
-import errno
 import io
 import logging
 import os
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from training import UserError
+from training import UserError, is_full
 from training.devices import by_batch, exit_at_once, is_first_process, put, replicated
 
 # Ctrl-C, and what schedulers and closed terminals send. Windows has the first two.
@@ -169,7 +168,7 @@ class _Enduring(io.FileIO):
             return written
         except OSError as error:
             # A full disk may have space again; a closed pipe or terminal never comes back.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)

@@ -52,11 +52,8 @@ class Measured(NamedTuple):
 class Program:
     """The compiled functions of a run; the same on one device and on several processes.
 
-    Args:
-      experiment: what is trained.
-      dataset: its shapes and constants are used.
-      mesh: the devices.
-      fsdp: whether parameters and optimizer state are sharded.
+    Of the data set, shapes and constants are used; with `fsdp`, parameters and optimizer state are
+    sharded over the devices of the mesh.
 
     Raises:
       ValueError: if the batches do not fit the data or the devices, or the steps cannot be counted.
@@ -142,13 +139,7 @@ class Program:
         return float(loss), float(correct)
 
     def epoch_means(self, state: TrainState) -> dict[str, Any]:
-        """The means of what was measured in the epoch that the state is at the end of.
-
-        Returns:
-          What a record needs, in Python numbers, None where the method has no such thing;
-          `layer_std` is a dictionary from names such as `"stem/conv/kernel"`, from the network's
-          input to its output.
-        """
+        """What a record needs of the epoch that the state is at the end of, in Python numbers."""
         steps = self.steps_per_epoch
         exponent = optax.tree.get(state.opt_state, "exponent", None)
         totals, largest, ratios, exponent = jax.device_get(
@@ -211,16 +202,7 @@ class Program:
         return jax.random.permutation(key, len(self._dataset.train_labels))
 
     def _step(self, state: TrainState, data: Data, order: jax.Array) -> tuple[TrainState, Measured]:
-        """Takes a step, on the batch of the epoch's order that the state is at.
-
-        Args:
-          state: it is left unchanged.
-          data: all training images and labels.
-          order: that of the epoch.
-
-        Returns:
-          The next state, and what the step measured.
-        """
+        """The state after a step on the batch of the epoch's order that it is at."""
         x, y = self.batch(state, data, order)
         (loss, batch_stats), grads = jax.value_and_grad(self.loss, has_aux=True)(
             state.params, state.batch_stats, x, y
@@ -310,11 +292,7 @@ def arrays_of(model: nnx.Module, kind: type[nnx.Variable[Any]]) -> Arrays:
 def layer_paths(model: nnx.Module) -> list[Path]:
     """The paths of a network's layers, parameters with more than one axis, from input to output.
 
-    Args:
-      model: a network as its constructor made it; `nnx.eval_shape` sorts the attributes.
-
-    Returns:
-      The paths, as those of `nnx.state`, in the order in which the modules declare them.
+    That is the order in which its constructor declared them; `nnx.eval_shape` sorts the attributes.
 
     Example:
       >>> from models import vit_tiny

@@ -240,7 +240,7 @@ def test_a_write_that_fails(error, remedy, checkpoints, monkeypatch, tmp_path):
         raise error
 
     monkeypatch.setattr(checkpoints._checkpointer, "save_async", fail)
-    with pytest.raises(CheckpointError, match=rf"step 2 could not .*\); {remedy}"):
+    with pytest.raises(CheckpointError, match=rf"step 2 .*could not .*\); {remedy}"):
         checkpoints.save(2, state(2))
     monkeypatch.setattr(checkpoints_module.ocp, "save", fail)
     with pytest.raises(CheckpointError, match=rf"parameters could not .*; {remedy[:9]}"):

@@ -93,7 +93,7 @@ def test_the_commit_is_that_of_the_sources_and_says_whether_they_changed(sources
     assert commit_of(sources) == f"{first}-dirty"
     (sources / "training" / "record.py").write_text("as committed")
     (sources / ".git" / "index").write_bytes(b"corrupt")
-    assert commit_of(sources) == f"{first}-dirty"  # what cannot be compared is not called clean
+    assert commit_of(sources) is None  # what cannot be compared is not called clean
 
 
 def test_the_commit_is_never_that_of_another_repository(sources, tmp_path, monkeypatch, capsys):
@@ -104,7 +104,6 @@ def test_the_commit_is_never_that_of_another_repository(sources, tmp_path, monke
     assert capsys.readouterr().err == ""
     commit(sources, "init", "add")
     assert commit_of(sources) is None  # a repository without commits
-    assert f"the commit of {sources} will not be recorded: " in capsys.readouterr().err
     first = commit(sources, "commit")
     other.mkdir()
     commit(other)

@@ -1,5 +1,6 @@
 """Who owns a run's folder, what is in it, and that nothing there is lost."""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -318,10 +319,9 @@ def events(folder: Path) -> list[Event]:
 def test_tensorboard_has_the_records_and_hides_what_was_made_again(tmp_path, monkeypatch):
     for first, seconds in ((0, 2e9), (1, 1e9)):  # the clock was set back
         monkeypatch.setattr(module.time, "time", lambda: seconds)  # noqa: B023
-        board = module.TensorBoard(tmp_path / "tensorboard", first)
-        for record in RECORDS[first:]:
-            board.write(record)
-        board.close(failed=False)
+        with module.tensorboard(tmp_path / "tensorboard", first) as track:
+            for record in RECORDS[first:]:
+                track(record)
     shown = events(tmp_path / "tensorboard")
     restarts = [event.step for event in shown if event.session_log.status == SessionLog.START]
     assert restarts == [1, 2]
@@ -353,18 +353,21 @@ def test_weights_and_biases_has_the_records(tmp_path, monkeypatch):
     fake = types.ModuleType("wandb")
     vars(fake).update(__spec__=ModuleSpec("wandb", None), Error=KeyError, Settings=dict, init=init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for failed in (False, True):
-        tracker = module.WeightsAndBiases(tmp_path, Experiment())
-        tracker.write(GOOD | {"scale_factor": None})
-        tracker.close(failed=failed)
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # noqa: SIM117
+            with module.weights_and_biases(tmp_path, Experiment()) as track:
+                track(GOOD | {"scale_factor": None})
+                if error:
+                    raise error
     first, config = calls[0], dataclasses.asdict(Experiment())
     assert first.items() >= {"name": tmp_path.name, "dir": tmp_path, "config": config}.items()
     # The same run goes on.
     assert calls == [first, (1, 0.5, False), 0, first, (1, 0.5, False), 1]
     assert first["id"]
     (tmp_path / "unknown").mkdir()
-    with pytest.raises(OSError, match=r"no login.*wandb login.*without --wandb"):
-        module.WeightsAndBiases(tmp_path / "unknown", Experiment())
+    tracker = module.weights_and_biases(tmp_path / "unknown", Experiment())
+    with pytest.raises(ValueError, match=r"no login.*wandb login.*without --wandb"), tracker:
+        pass
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
         RunFolder(Experiment(), Launch(out=tmp_path, wandb=True), DATASET)
