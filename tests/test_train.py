@@ -134,10 +134,6 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
         (["--learning-rate", "nan"], "--learning-rate is nan; it should"),
         (["--epochs", "2147483647"], "--epochs is 2147483647; it must be at most 97612893"),
         (["--out", "caf\udce9"], "--out is 'caf"),
-        (["--out", "link"], "link is a link to nowhere, which does not exist; create that, "),
-        (["--out", "link/run"], "link is a link to nowhere, which does not exist; create that, "),
-        (["--out", "loop"], "loop is a link to loop, which does not exist; create that, "),
-        (["--out", "file"], "file already exists"),
         (["--out", "file/run"], "file/run cannot be written: Not a directory"),
         (["--out", "new", "--resume"], "there is no run in new to resume"),
         (["--wandb"], "--wandb needs a package that is missing: pip install wandb"),
@@ -147,8 +143,6 @@ def test_nothing_is_written_by_a_run_that_cannot_be(args, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
     Path("file").write_text("precious")
-    Path("link").symlink_to("nowhere")
-    Path("loop").symlink_to("loop")
     before = sorted(os.listdir()), contents(tmp_path)
     assert refused(*args).startswith(message)
     assert (sorted(os.listdir()), contents(tmp_path)) == before

@@ -4,9 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -27,7 +25,6 @@ from training.options import (
     validate,
 )
 from training.record import SCHEMA
-from training.step import count_steps
 
 EXPERIMENT = Experiment("cifar10", "vit", "zscore", "sgd", 7, 9, 0.5, 4.5, seed=3, train_size=99)
 FIELDS = (*dataclasses.fields(Experiment), *dataclasses.fields(Launch))
@@ -50,27 +47,24 @@ def write(folder: Path, schema: int | None = SCHEMA, launch: object = None, **op
 
 
 def test_every_option_is_read():
-    changed: dict = dataclasses.asdict(EXPERIMENT) | {"warmup_epochs": 1.5, "weight_decay": 0.25}
-    changed |= {"label_smoothing": 0.2, "cutmix_probability": 0.3, "checkpoint_minutes": 1.5}
-    changed |= {
-        "tag": "wide",
-        "precision": "bfloat16",
-        "data_dir": Path("data").absolute(),
-        "out": Path("o"),
-    }
+    changed: dict = vars(EXPERIMENT) | {"warmup_epochs": 1.5, "weight_decay": 0.25, "tag": "wide"}
+    changed |= {"label_smoothing": 0.2, "cutmix_probability": 0.3, "precision": "bfloat16"}
+    changed |= {"data_dir": Path("data").absolute(), "out": Path("o"), "checkpoint_minutes": 1.5}
     changed |= {"coordinator": "localhost:1234", "num_processes": 2, "process_id": 1}
     flags = ("effect", "resume", "auto_resume", "fsdp", "wandb", "list", "debug")
     changed |= dict.fromkeys(flags, True)
-    assert {*changed, "config"} == {field.name for field in FIELDS}
     pairs = changed.items()
     args = [option(name) + ("" if value is True else f"={value}") for name, value in pairs]
     experiment, launch = parse(args)
-    changed["config"] = None
-    assert dataclasses.asdict(experiment) | dataclasses.asdict(launch) == changed
+    assert vars(experiment) | vars(launch) == changed | {"config": None}
 
 
 def test_defaults_follow_the_data_set_and_the_optimizer_and_the_folder_the_name():
     assert parse([]) == (Experiment(), Launch(out=Path("runs", Experiment().name)))
+    paper = {"epochs": 200, "batch_size": 256, "learning_rate": 1e-3, "weight_decay": 5e-5}
+    paper |= {"label_smoothing": 0.1, "cutmix_probability": 1}
+    assert paper.items() < vars(recipe("cifar100")).items()
+    assert recipe("cifar10").epochs == 300
     expected = dataclasses.replace(recipe("cifar100"), epochs=5)
     assert parse(["--epochs", "5", "--dataset", "cifar100"])[0] == expected
     assert parse(["--optimizer", "sgd"])[0].learning_rate == 0.1
@@ -83,13 +77,6 @@ def test_defaults_follow_the_data_set_and_the_optimizer_and_the_folder_the_name(
         ("--out café/本", "café/本"),
     ]:
         assert parse(args.split())[1].out == Path(name)
-
-
-def test_cifar_has_the_papers_recipe():
-    full = recipe("cifar100")
-    assert (full.epochs, full.batch_size, full.learning_rate) == (200, 256, 1e-3)
-    assert (full.weight_decay, full.label_smoothing, full.cutmix_probability) == (5e-5, 0.1, 1)
-    assert recipe("cifar10").epochs == 300
 
 
 @pytest.mark.parametrize(
@@ -157,23 +144,6 @@ def test_limits(name, valid, invalid):
             validate(Experiment(), Launch(**{name: together[name]}))
 
 
-# Six steps an epoch: 357,913,941 epochs are 2,147,483,646 steps, and one more is too many.
-@pytest.mark.parametrize("name", ["epochs", "decay_epochs", "warmup_epochs"])
-def test_steps_that_cannot_be_counted(name):
-    data = SimpleNamespace(train_labels=np.zeros(13))
-    for value in (357_913_941, 357_913_942, MAX_STEPS):
-        experiment = dataclasses.replace(Experiment(batch_size=2), **{name: value})
-        validate(experiment, Launch())
-        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-        if value == 357_913_941:
-            assert count_steps(experiment, data, mesh) == 6
-        else:
-            with pytest.raises(
-                ValueError, match=f"^{option(name)} is {value}; .* at most 357913941"
-            ):
-                count_steps(experiment, data, mesh)
-
-
 @pytest.mark.parametrize("name", ["out", "data_dir"])
 def test_paths(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -235,29 +205,25 @@ def test_a_run_of_another_version_is_not_resumed_and_its_commit_is_named(schema,
     named = rf"^{path} was written by another version .* --out, or .* commit abc$"
     with pytest.raises(ValueError, match=named):
         check_resumes(EXPERIMENT, folder)
-    if schema != 2:
-        for args in (["--resume", "--out", str(folder)], ["--config", str(path)]):
-            with pytest.raises(ValueError, match=named):
-                parse(args)
+    with pytest.raises(ValueError, match=named):
+        parse(["--resume", "--out", str(folder)])
+    if schema != 2:  # whose options can be repeated
+        with pytest.raises(ValueError, match=named):
+            parse(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "Expecting value"),
         ('{"config"', "Expecting"),
         (b"\xff\xfe", "'utf-8' codec"),
         *[(text, "no options are in it") for text in ("{}", "[]", "null")],
         ({"schema": SCHEMA, "config": None}, "None; it should be"),
         ({"epochss": 3}, "epochss is unknown"),
         ({"epochs": "7"}, "epochs is '7'; it should be a valid integer"),
-        ({"epochs": None}, "epochs is None; it should be a valid integer"),
         ({"epochs": 0}, "epochs is 0; it should be"),
-        ({"seed": 1.5}, "seed is 1.5; it should be a valid integer"),
         ({"seed": True}, "seed is True; it should be a valid integer"),
-        ({"model": []}, r"model is \[\]; it should be"),
         ({"model": "resnet21"}, "model is 'resnet21'; it should be 'resnet20', 'resnet56'"),
-        ({"train_size": "all"}, "train_size is 'all'; it should be a valid integer"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it should be a finite number"),
         ({"schema": SCHEMA, "config": {}, "launch": {"data_dir": 3}}, "data_dir is 3"),
     ],

@@ -160,18 +160,20 @@ def test_a_folder_that_holds_nothing_but_a_lock_is_empty(left, tmp_path):
         (["config.json"], ".", "already exists and was not changed"),
         (["file"], "file", "already exists"),
         (["file"], "file/run", "cannot be written: Not a directory; choose another"),
-        ([], "link", "is a link to nowhere"),
-        ([], "link/run", "is a link to nowhere"),
+        ([], "link", "is a link to nowhere, which does not exist; create that, "),
+        ([], "link/run", "is a link to nowhere, which does not exist; create that, "),
+        ([], "loop", "is a link to loop, which does not exist; create that, "),
     ],
 )
 def test_a_folder_that_is_none_or_holds_something_is_left_as_it_is(files, out, problem, tmp_path):
     for name in files:
         (tmp_path / name).write_text("mine")
-    if not files:
-        (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("nowhere") if "link" in out else None
+    (tmp_path / "loop").symlink_to("loop") if out == "loop" else None
+    before = set(os.listdir(tmp_path))
     with pytest.raises(OSError, match=problem), run_folder(tmp_path / out):
         pass
-    assert set(os.listdir(tmp_path)) == set(files or ["link"])
+    assert set(os.listdir(tmp_path)) == before
     assert all((tmp_path / name).read_text() == "mine" or name == LOCK for name in files)
     assert LOCK not in files or is_free(tmp_path)
 

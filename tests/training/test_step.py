@@ -5,6 +5,7 @@ import functools
 import logging
 import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,13 +21,14 @@ from optax_autoscale import autoscale
 from tests import oracle
 from training import step as step_module
 from training.data import Dataset
-from training.options import Experiment
-from training.step import Program, TrainState, layer_paths, name_of
+from training.options import Experiment, option
+from training.step import Program, TrainState, count_steps, layer_paths, name_of
 
 EXPERIMENT = Experiment(
     "cifar10", batch_size=16, learning_rate=3e-3, cutmix_probability=0.5, effect=True
 )
 NUM_TRAIN, NUM_TEST, STEPS = 70, 23, 4
+EPOCHS = ("epochs", "decay_epochs", "warmup_epochs")
 TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(16,)))
 
 
@@ -281,13 +283,21 @@ def test_evaluation_counts_every_image_once(eval_batch, devices, monkeypatch):
     assert of.evaluation_steps == pytest.approx(23 / 16 / 3)
 
 
+# Six steps an epoch: 357,913,941 epochs are 2,147,483,646 steps, and one more is too many.
 @pytest.mark.parametrize(
-    ("batch_size", "message"),
-    [(71, "more than the 70 training images"), (20, "which is not a multiple of the 8 devices")],
+    ("name", "value", "message"),
+    [
+        ("batch_size", 51, ", more than the 50 training images"),
+        ("batch_size", 20, ", which is not a multiple of the 8 devices"),
+        *((name, 357_913_942, "; it must be at most 357913941,") for name in EPOCHS),
+    ],
 )
-def test_batches_that_do_not_fit(batch_size, message):
-    with pytest.raises(ValueError, match=f"--batch-size is {batch_size}, {message}"):
-        program(Experiment(batch_size=batch_size), 8)
+def test_batches_that_do_not_fit_and_steps_that_cannot_be_counted(name, value, message):
+    mesh, data = jax.make_mesh((8,), ("data",)), SimpleNamespace(train_labels=np.zeros(50))
+    most = Experiment(batch_size=8, **dict.fromkeys(EPOCHS, 357_913_941))
+    assert count_steps(most, data, mesh) == 6
+    with pytest.raises(ValueError, match=f"^{option(name)} is {value}{message}"):
+        count_steps(dataclasses.replace(most, **{name: value}), data, mesh)
 
 
 def test_the_learning_rate_is_the_optimizers():
