@@ -12,14 +12,12 @@ PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0
 GRADS = {"kernel": jnp.array([[0.1, 0.2], [-0.3, 0.4]]), "bias": jnp.array([0.5, -0.5])}
 
 
-def updates_of(tx: optax.GradientTransformation, steps: int = 1, grads=GRADS, move: bool = False):
-    """The last update of some steps with the same gradients, at the same or moving parameters."""
-    params, updates = PARAMS, None
-    state = tx.init(params)
+def updates_of(tx: optax.GradientTransformation, steps: int = 1, grads=GRADS):
+    """The last update of some steps with the same gradients, at the same parameters."""
+    state, updates = tx.init(PARAMS), None
     for _ in range(steps):
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates) if move else params
-    return jax.tree.map(np.asarray, params if move else updates)
+        updates, state = tx.update(grads, state, PARAMS)
+    return jax.tree.map(np.asarray, updates)
 
 
 @pytest.mark.parametrize(
@@ -47,23 +45,11 @@ def test_without_a_method_it_is_adamw_and_sgd_has_momentum_and_an_l2_penalty():
         np.testing.assert_allclose(sgd[name], -0.1 * (grad + 0.9 * grad), rtol=1e-5)
 
 
-# Five steps of torch.optim.Adam([w], lr=0.01, weight_decay=0.1) in float64, PyTorch 2.13.0, with
-# gradients of factor * [sin t, cos t, t / 10, -1 / t], from [1, -2, 0.5, 3]; by factor.
+# After five steps of torch.optim.Adam([w], lr=0.01, weight_decay=0.1) in float64, PyTorch 2.13.0,
+# with gradients of factor * [sin t, cos t, t / 10, -1 / t], from [1, -2, 0.5, 3]; by factor.
 PYTORCH_ADAM = {
-    1.0: [
-        [0.990000000, -2.010000000, 0.490000001, 3.010000000],
-        [0.979988012, -2.006717140, 0.480168702, 3.018480743],
-        [0.971270782, -1.999926935, 0.470394584, 3.025306631],
-        [0.967292083, -1.992141305, 0.460613796, 3.030464848],
-        [0.967013022, -1.985852794, 0.450787873, 3.034018193],
-    ],
-    0.1: [
-        [0.990000001, -1.990000001, 0.490000002, 2.990000000],
-        [0.979993138, -1.980162839, 0.479987969, 2.980002463],
-        [0.970377576, -1.970295903, 0.469954131, 2.969975901],
-        [0.962091544, -1.960355064, 0.459888780, 2.959920893],
-        [0.955081954, -1.950632490, 0.449782766, 2.949841771],
-    ],
+    1.0: [0.967013022, -1.985852794, 0.450787873, 3.034018193],
+    0.1: [0.955081954, -1.950632490, 0.449782766, 2.949841771],
 }
 
 
@@ -75,18 +61,11 @@ def test_adam_is_that_of_pytorch_after_what_stands_before_it(factor, monkeypatch
     tx = make_optimizer("constant", "adam", 0.01, 0.1)
     params = jnp.array([1.0, -2.0, 0.5, 3.0])
     state = tx.init(params)
-    for t, expected in enumerate(PYTORCH_ADAM[factor], start=1):
+    for t in range(1, 6):
         grads = jnp.array([np.sin(t), np.cos(t), t / 10, -1 / t])
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(params, expected, rtol=1e-6)
-
-
-def test_before_adam_with_a_penalty_a_factor_is_a_penalty_divided_by_it():
-    scaled = optax.chain(optax.scale(0.4), make_optimizer("none", "adam", 1e-2, 0.1))
-    stronger = make_optimizer("none", "adam", 1e-2, 0.1 / 0.4)
-    results = [updates_of(tx, steps=20, move=True)["kernel"] for tx in (scaled, stronger)]
-    np.testing.assert_allclose(*results, rtol=1e-5)
+    np.testing.assert_allclose(params, PYTORCH_ADAM[factor], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1.0, 0.01], ids=["p = 2", "p = 1"])
@@ -108,12 +87,6 @@ def test_each_form_of_the_method_is_its_equation(size):
         np.testing.assert_allclose(updates["kernel"], update, rtol=1e-5, atol=1e-6 * size)
         bias = 0.4 * grads["bias"] if method == "constant" else grads["bias"]
         np.testing.assert_allclose(updates["bias"], bias, rtol=1e-6)
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("none", "clip")])
-def test_methods_act_on_the_gradient(method):
-    plain, treated = (updates_of(make_optimizer(m, "sgd", 1e-3, 0)) for m in ("none", method))
-    assert np.abs(plain["kernel"] - treated["kernel"]).max() > 1e-6
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -36,11 +36,9 @@ def test_what_was_written_is_read(tmp_path):
     [
         ({"epoch": 3}, "the record of epoch 3 stands in its place"),
         ({"test_accuracy": 1.5}, "test_accuracy is 1.5; it should be less than or equal to 1"),
-        ({"test_accuracy": -0.1}, "test_accuracy is -0.1; it should be greater than"),
         ({"train_loss": float("nan")}, "train_loss is nan; it should be a finite number"),
         ({"train_loss": None}, "train_loss is None; it should be a valid number"),
         ({"seconds": True}, "seconds is True; it should be a valid number"),
-        ({"step": 1.5}, "step is 1.5; it should be a valid integer"),
         ({"global_std": "1"}, "global_std is '1'; it should be a valid number"),
         ({"layer_std": {"stem": float("inf")}}, "layer_std.stem is inf; it should be a finite"),
         ({"layer_std": {"head": 0.1}}, "its layers are not those of epoch 1"),
@@ -48,7 +46,6 @@ def test_what_was_written_is_read(tmp_path):
         (json.dumps({key: GOOD[key] for key in GOOD if key != "step"}), "step is missing"),
         (json.dumps(GOOD)[:-5], "Expecting"),
         ("[]", ".*it should be a valid dictionary"),
-        ("", "Expecting value"),
         (b"\xff", "'utf-8' codec"),
         ("[" * 100_000, ".*recursion"),
     ],
@@ -72,18 +69,19 @@ def sources(tmp_path):
     return tmp_path / "sources"
 
 
-def commit(folder, *stages: str) -> str:
-    """Does these of init, add and commit; gives the commit."""
-    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    options = {"init": [], "add": ["."], "commit": ["--allow-empty", "--message", "one"]}
-    for stage in stages or options:
-        subprocess.run([*git, stage, *options[stage]], check=True, capture_output=True)
-    if stages and "commit" not in stages:
-        return ""
-    return subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+def git(folder, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_commit_is_that_of_the_sources_and_says_whether_they_changed(sources):
+def commit(folder) -> str:
+    git(folder, "init")
+    git(folder, "add", ".")
+    git(folder, "commit", "--allow-empty", "--message", "one")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def test_the_commit_is_that_of_the_sources_and_says_whether_they_changed(sources, capsys):
     first = commit(sources)
     assert commit_of(sources) == first
     for name in ("results/run.jsonl", "README.md", "notes.txt"):
@@ -91,20 +89,19 @@ def test_the_commit_is_that_of_the_sources_and_says_whether_they_changed(sources
     assert commit_of(sources) == first
     (sources / "training" / "record.py").write_text("changed")
     assert commit_of(sources) == f"{first}-dirty"
-    (sources / "training" / "record.py").write_text("as committed")
     (sources / ".git" / "index").write_bytes(b"corrupt")
+    assert capsys.readouterr().err == ""
     assert commit_of(sources) is None  # what cannot be compared is not called clean
+    assert f"the commit of {sources} will not be recorded: " in capsys.readouterr().err
 
 
-def test_the_commit_is_never_that_of_another_repository(sources, tmp_path, monkeypatch, capsys):
-    other = tmp_path / "other"
+def test_the_commit_is_never_that_of_another_repository(sources, tmp_path, monkeypatch):
     assert commit_of(sources) is None
     commit(tmp_path)  # the sources lie inside of it
     assert commit_of(sources) is None
-    assert capsys.readouterr().err == ""
-    commit(sources, "init", "add")
+    git(sources, "init")
     assert commit_of(sources) is None  # a repository without commits
-    first = commit(sources, "commit")
+    first, other = commit(sources), tmp_path / "other"
     other.mkdir()
     commit(other)
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
@@ -112,16 +109,16 @@ def test_the_commit_is_never_that_of_another_repository(sources, tmp_path, monke
     assert commit_of(sources) == first
 
 
-@pytest.mark.parametrize("there", ["nothing", "no program", "a text", "a failure"])
+@pytest.mark.parametrize("there", ["nothing", "a failure"])
 def test_a_git_that_does_not_run_is_said_and_nothing_is_recorded(
     there, sources, tmp_path, monkeypatch, capsys
 ):
     commit(sources)
-    program, text = tmp_path / "bin" / "git", "#!/bin/sh\necho dubious ownership >&2\nexit 128\n"
+    program = tmp_path / "bin" / "git"
     program.parent.mkdir()
-    if there != "nothing":
-        program.write_text(text if there == "a failure" else "\x7fno\0")
-        program.chmod(0o644 if there == "no program" else 0o755)
+    if there == "a failure":
+        program.write_text("#!/bin/sh\necho dubious ownership >&2\nexit 128\n")
+        program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
     assert commit_of(sources) is None
     said = capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_a_folder_that_is_not_where_it_was(how, replaced, tmp_path, monkeypatch)
     opened.close()
 
 
-def run_folder(path: Path, *, resume: bool = False, data: Dataset = DATASET) -> RunFolder:
+def run_folder(path: Path, resume: bool = False, data: Dataset = DATASET) -> RunFolder:
     return RunFolder(Experiment(), Launch(out=path, resume=resume), data)
 
 
@@ -192,10 +192,7 @@ def test_a_folder_that_another_run_takes_at_this_moment_is_in_use(
         pass
 
 
-@pytest.mark.parametrize("field", ["train_images", "train_labels", "test_images", "test_labels"])
-def test_the_config_describes_the_run_and_other_data_of_the_same_size_are_refused(
-    field, tmp_path, monkeypatch
-):
+def test_the_config_describes_the_run_and_other_data_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--tag", "it's"])
     with run_folder(tmp_path):
         content = (tmp_path / "config.json").read_bytes()
@@ -207,11 +204,8 @@ def test_the_config_describes_the_run_and_other_data_of_the_same_size_are_refuse
     assert (saved["num_classes"], saved["channels"]) == (10, 1)
     assert {"jax", "flax", "optax", "optax-autoscale", "python"} <= set(saved["versions"])
     assert {"schema", "commit", "device", "device_count"} < set(saved)
-    other = dataclasses.replace(DATASET, **{field: getattr(DATASET, field) + 1})
-    with (
-        pytest.raises(ValueError, match="--data-dir"),
-        run_folder(tmp_path, resume=True, data=other),
-    ):
+    other = run_folder(tmp_path, True, dataclasses.replace(DATASET, test_labels=LABELS + 1))
+    with pytest.raises(ValueError, match="--data-dir"), other:
         pass
     assert (tmp_path / "config.json").read_bytes() == content
     with run_folder(tmp_path, resume=True):
