@@ -4,7 +4,6 @@ import io
 import json
 import os
 import socket
-import sys
 import tarfile
 from pathlib import Path
 
@@ -161,22 +160,19 @@ def test_preparing_leaves_nothing_behind_when_it_fails(name, archive, monkeypatc
     assert len(load(name, tmp_path).test_images) == SIZES["test"]
 
 
-def test_a_missing_data_set_without_a_network_is_one_line_with_a_remedy(name, tmp_path, lookups):
-    folder, remedy = tmp_path / name / "3.0.2", f"`python -m training.data {name} --data-dir DIR`"
-    with pytest.raises(DataError, match=rf"^{name} is not in {folder} .*no connection.*{remedy}"):
-        load(name, tmp_path)
-    assert set(lookups) == {"www.cs.toronto.edu"}
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_default_folder_is_that_of_tensorflow_datasets(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+@pytest.mark.parametrize("given", ["data_dir", "TFDS_DATA_DIR", "HOME"])
+def test_a_missing_data_set_without_a_network_is_one_line_with_a_remedy(
+    given, name, monkeypatch, tmp_path, lookups
+):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    with pytest.raises(DataError, match=f"{tmp_path}/home/tensorflow_datasets/cifar10/"):
-        load("cifar10")
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
-    with pytest.raises(DataError, match=f"{tmp_path}/env/cifar10/"):
-        load("cifar10")
+    root = tmp_path / "tensorflow_datasets"  # the default
+    monkeypatch.setenv(*("HOME", str(tmp_path)) if given == "HOME" else (given, str(root)))
+    folder = root / name / "3.0.2"
+    remedy = f"`python -m training.data {name} --data-dir DIR`"
+    with pytest.raises(DataError, match=rf"^{name} is not in {folder} .*no connection.*{remedy}"):
+        load(name, root if given == "data_dir" else None)
+    assert set(lookups) == {"www.cs.toronto.edu"}
+    assert list(tmp_path.rglob("*")) in ([], [root])
 
 
 def flip_a_byte(records: Path) -> None:
@@ -187,11 +183,11 @@ def flip_a_byte(records: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cifar100"], indirect=True)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_what_cannot_be_read_is_one_line_with_a_remedy(name, prepared, split, lookups):
+def test_what_cannot_be_read_is_one_line_with_a_remedy(name, prepared, split, lookups, monkeypatch):
     folder = prepared / name / "3.0.2"
-    path, info = (
-        folder / f"{name}-{split}.array_record-00000-of-00001",
+    info, path = (
         folder / "dataset_info.json",
+        folder / f"{name}-{split}.array_record-00000-of-00001",
     )
     records, description = path.read_bytes(), info.read_text()
     other = json.dumps(json.loads(description) | {"fileFormat": "tfrecord"})
@@ -202,7 +198,6 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(name, prepared, split, lo
         (lambda: info.write_text(description[:100]), "is incomplete or damaged"),
         (lambda: info.write_text(other), "is in the format tfrecord.*tfds convert_format"),
         (info.unlink, "has no dataset_info.json"),
-        (lambda: [file.unlink() for file in folder.iterdir()], "has no dataset_info.json"),
     ]:
         damage()
         with pytest.raises(DataError, match=rf"{folder} {problem}.*data-dir") as error:
@@ -214,14 +209,8 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(name, prepared, split, lo
     assert lookups == []
     with pytest.raises(DataError, match=f"--data-dir is {info}, which is a file"):
         load(name, info)
-
-
-def test_a_wrong_number_of_images_or_a_missing_package(name, prepared, monkeypatch):
     monkeypatch.setattr(cifar, "SIZES", {"train": 20, "test": 11})
     with pytest.raises(DataError, match="its test split holds 10 images, not 11"):
-        load(name, prepared)
-    monkeypatch.setitem(sys.modules, "array_record", None)
-    with pytest.raises(DataError, match=r"array_record.*pip install -e '\.\[cifar\]'"):
         load(name, prepared)
 
 

@@ -62,14 +62,8 @@ def test_large_arrays_are_split_along_their_longest_axis_that_the_devices_divide
     mesh = devices.make_mesh()
     state = [jnp.zeros(s) for s in ((3, 64, 128), (2048, 8), (1024,), (1023,), (4, 4), (33, 35))]
     split = devices.state_shardings(state, mesh, fsdp=True)
-    assert [each.spec for each in split] == [
-        P(None, None, "data"),
-        P("data"),
-        P("data"),
-        P(),
-        P(),
-        P(),
-    ]
+    expected = [P(None, None, "data"), P("data"), P("data"), P(), P(), P()]
+    assert [each.spec for each in split] == expected
     whole = devices.state_shardings(state, mesh, fsdp=False)
     assert {each.spec for each in whole} == {P()}
     array = np.arange(16).reshape(8, 2)

@@ -15,8 +15,9 @@ EPOCHS = [1, 2, 3, 4, 5]
 def figures(monkeypatch):
     """The figures that are saved."""
     saved = []
-    save = lambda figure, path: saved.append(figure)  # noqa: E731
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", save)
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda figure, path: saved.append(figure)
+    )
     return saved
 
 
@@ -54,27 +55,27 @@ def test_curves_are_losses_and_accuracy(figures):
     assert legend == ["training, with label smoothing", "test, without"]
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(("scaled", "measured"), [(True, True), (False, False)])
 def test_gradients_are_layers_global_std_factor_and_effect(figures, scaled, measured):
     same = {} if scaled else {"scale_factor": None, "exponent": None}
     records = make_records(**same | ({} if measured else {"update_norm_ratio": None}))
     plots.plot_gradients(records, "title", "path")
-    column = lambda name: [record[name] for record in records]  # noqa: E731
-    layers = [[stds[name] for stds in column("layer_std")] for name in ("first", "second")]
-    logarithmic = {
+    columns = {name: [record[name] for record in records] for name in GOOD}
+    layers = [[stds[name] for stds in columns["layer_std"]] for name in ("first", "second")]
+    expected = {
         "Layer-wise gradient std": layers,
-        "Global gradient std $s_t$": [column("global_std")],
+        "Global gradient std $s_t$": [columns["global_std"]],
     }
-    others = {}
+    logarithmic = set(expected)
     if scaled:
-        others["Scale factor $a_t$, exponent 2"] = [column("scale_factor")]
+        expected["Scale factor $a_t$, exponent 2"] = [columns["scale_factor"]]
     if measured:
-        effect = [column("update_norm_ratio"), column("update_cosine")]
-        others["Update vs. the plain optimizer's"] = effect
-    assert lines_of(figures[0]) == logarithmic | others
-    scales = {axes.get_title(): axes.get_yscale() for axes in figures[0].axes}
-    assert all((scales[title] == "log") == (title in logarithmic) for title in logarithmic | others)
+        effect = [columns["update_norm_ratio"], columns["update_cosine"]]
+        expected["Update vs. the plain optimizer's"] = effect
+    assert lines_of(figures[0]) == expected
+    assert logarithmic == {
+        axes.get_title() for axes in figures[0].axes if axes.get_yscale() == "log"
+    }
 
 
 def test_the_map_has_a_row_for_each_layer_and_a_column_for_each_epoch(figures):

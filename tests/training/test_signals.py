@@ -20,33 +20,19 @@ from training.signals import Interrupted, Request, Requests, interruptible
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """The time in seconds, to be set."""
-    now = [1000.0]
+def test_a_checkpoint_is_due_every_so_many_minutes(monkeypatch):
+    now, due = [1000.0], []
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    return now
-
-
-@pytest.fixture
-def requests():
-    """A run that has begun, with a checkpoint every two minutes."""
-    with Requests(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), 2.0) as entered:
-        entered.begin()
-        yield entered
-
-
-def test_a_checkpoint_is_due_every_so_many_minutes(clock, requests):
+    requests = Requests(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), 2.0)
     requests.begin()
-    due = []
     for seconds in (1, 60, 58, 2, 118, 3, 1000, 1):
-        clock[0] += seconds
+        now[0] += seconds
         due.append(requests.next().save)
     assert due == [False, False, False, True, False, True, True, False]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
-def test_a_signal_is_kept_for_all_later_requests_and_only_while_entered(name, capfd):
+def test_a_signal_is_kept_for_all_later_requests_and_only_while_entered(name, monkeypatch, capfd):
     number = getattr(signal, name)
     before = signal.getsignal(number)
     with Requests(jax.make_mesh((8,), ("data",), (AxisType.Auto,)), 1.0) as requests:
@@ -56,15 +42,10 @@ def test_a_signal_is_kept_for_all_later_requests_and_only_while_entered(name, ca
         signal.raise_signal(number)
         assert [requests.next().signal for _ in range(2)] == [number] * 2
         assert requests.signal == number
+        monkeypatch.setattr(jax, "process_count", lambda: 2)  # they travel over the devices
+        assert jax.device_get(requests.next()).tolist() == [0, number]
     assert signal.getsignal(number) is before
     assert capfd.readouterr().err == f"train.py: {name}: stopping after this step\n"
-
-
-def test_all_processes_get_the_largest_request_of_any(monkeypatch, requests):
-    """As with several processes, whose requests travel over the devices."""
-    signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert jax.device_get(requests.next()).tolist() == [0, signal.SIGTERM]
 
 
 def test_what_a_stopped_run_says_and_its_exit_code():
