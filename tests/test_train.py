@@ -128,7 +128,7 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batch-size", "2000"], "--batch-size is 2000, more than the 1437 training images"),
+        (["--batch-size", "2000"], "--batch-size is 2000; it must be at most 1437"),
         (["--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
         (["--train-size", "3"], "--train-size 3 is invalid"),
         (["--learning-rate", "nan"], "--learning-rate is nan; it should"),

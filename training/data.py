@@ -59,24 +59,14 @@ class DataError(UserError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set for image classification.
+    """A data set for image classification, in the host's memory."""
 
-    Attributes:
-      train_images: shape `(n, height, width, channels)`, uint8.
-      train_labels: shape `(n,)`, int32, from 0 to `num_classes - 1`.
-      test_images: as `train_images`.
-      test_labels: as `train_labels`.
-      num_classes: the number of classes.
-      mean: mean of each channel over all training images, in units of pixel / 255.
-      std: standard deviation of each channel, likewise.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
+    train_images: np.ndarray  # shape=(n, height, width, channels), dtype=uint8
+    train_labels: np.ndarray  # shape=(n,), dtype=int32, from 0 to num_classes - 1
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # as those of `DatasetSpec`
     std: tuple[float, ...]
 
     def digest(self) -> str:
@@ -152,9 +142,7 @@ def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     try:
         root = root.expanduser()
     except RuntimeError as error:
-        raise DataError(
-            f"{root} is not known ({error}); give a whole path with --data-dir"
-        ) from error
+        raise DataError(f"{root}: {error}; give a whole path with --data-dir") from error
     folder, command = root / name / cifar.VERSION, f"python -m training.data {name} --data-dir"
     if root.exists() and not root.is_dir():
         raise DataError(f"--data-dir is {root}, which is a file; give a folder")
@@ -169,12 +157,9 @@ def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
             ) from error
     elsewhere = f"prepare it in another folder with `{command} DIR`"
     info = folder / "dataset_info.json"
-    if not info.exists():
-        raise DataError(
-            f"{folder} has no dataset_info.json, so it is not a prepared data set; give the folder "
-            f"that contains {name}/{cifar.VERSION} with --data-dir, or {elsewhere}"
-        )
     try:
+        if not info.exists():
+            raise DataError(f"{folder} has no dataset_info.json: put back a copy, or {elsewhere}")
         file_format = json.loads(info.read_text()).get("fileFormat", "array_record")
         if file_format != "array_record":
             raise DataError(

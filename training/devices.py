@@ -45,8 +45,8 @@ def _use_cores(batch_size: int) -> None:
     """Makes a CPU of several cores two devices, between which a step splits an even batch.
 
     With a single device, XLA leaves all cores but one idle during operations that it does not
-    parallelize; more than two devices would hold as many copies of the data. It changes nothing if
-    the number of devices is set already, by `jax_num_cpu_devices` or in `XLA_FLAGS`.
+    parallelize; more than two devices would hold as many copies of the data. A number of devices
+    that is set already, by `jax_num_cpu_devices` or in `XLA_FLAGS`, is kept.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = cast(Any, jax.config).jax_num_cpu_devices != -1

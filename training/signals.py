@@ -53,12 +53,8 @@ class Interrupted(BaseException):
 class Requests:
     """Listens for signals to stop while it is entered; a second Ctrl-C ends the process at once.
 
-    Until `begin` there is nothing to save, and a signal ends the process.
-
-    Args:
-      mesh: the devices of the run. All processes must act on a request at the same step, so
-        requests are reduced over the devices.
-      checkpoint_minutes: the time between requests to save.
+    Until `begin` there is nothing to save, and a signal ends the process. All processes must act on
+    a request at the same step, so requests are reduced over the devices of the mesh.
     """
 
     def __init__(self, mesh: Mesh, checkpoint_minutes: float):
@@ -122,12 +118,8 @@ def interruptible(function: Callable[[], None]) -> None:
 def one_line_errors(program: str, *, debug: bool = False, advice: str = "") -> Iterator[None]:
     """Ends a program with one line, without a traceback, where the user can solve what is wrong.
 
-    Its output may go away: see `outlive_readers`.
-
-    Args:
-      program: its name, which begins the line.
-      debug: whether every error has its traceback.
-      advice: how to continue after a signal.
+    The line begins with the program's name, and after a signal ends with advice how to continue.
+    With `debug`, every error has its traceback. See `outlive_readers` as well.
     """
     outlive_readers()
     if not debug:  # Orbax and its event loop log errors with tracebacks; they are raised as well
@@ -143,12 +135,11 @@ def one_line_errors(program: str, *, debug: bool = False, advice: str = "") -> I
         print(f"{program}: stopped before it took a step", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         if debug:
             raise
         if isinstance(error, UserError | OSError):
             sys.exit(f"{program}: {error}")
-        if memory:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             sys.exit(
                 f"{program}: out of memory ({str(error).splitlines()[0][:200]}); a smaller "
                 "--batch-size, --precision bfloat16 or, on several devices, --fsdp needs less. "

@@ -321,23 +321,15 @@ def _declared(node: Any, path: Path = ()) -> Iterator[Path]:
 
 
 def count_steps(experiment: Experiment, dataset: Dataset, mesh: Mesh) -> int:
-    """The steps in an epoch.
-
-    Raises:
-      ValueError: if the batches do not fit the data or the devices, or the steps cannot be counted.
-    """
-    size, num_images = experiment.batch_size, len(dataset.train_labels)
-    if size > num_images:
-        raise UserError(
-            f"--batch-size is {size}, more than the {num_images} training images; "
-            "choose a smaller one"
-        )
+    """The steps in an epoch; ValueError if batches do not fit, or the steps cannot be counted."""
+    size, most = experiment.batch_size, len(dataset.train_labels)
+    if size > most:
+        raise UserError(f"--batch-size is {size}; it must be at most {most}, the training images")
     if size % mesh.size:
         raise UserError(
-            f"--batch-size is {size}, which is not a multiple of the {mesh.size} devices; "
-            f"choose a multiple of {mesh.size}"
+            f"--batch-size is {size}; it must be a multiple of {mesh.size}, the devices"
         )
-    steps = num_images // size
+    steps = most // size
     for name in ("epochs", "decay_epochs", "warmup_epochs"):
         epochs, most = getattr(experiment, name), MAX_STEPS // steps
         if epochs > most:

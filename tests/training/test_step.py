@@ -287,8 +287,8 @@ def test_evaluation_counts_every_image_once(eval_batch, devices, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("batch_size", 51, ", more than the 50 training images"),
-        ("batch_size", 20, ", which is not a multiple of the 8 devices"),
+        ("batch_size", 51, "; it must be at most 50, the training images"),
+        ("batch_size", 20, "; it must be a multiple of 8, the devices"),
         *((name, 357_913_942, "; it must be at most 357913941,") for name in EPOCHS),
     ],
 )
