@@ -83,26 +83,6 @@ def test_what_is_printed(run):
     assert pictures == f"Pictures: {folder}/{{curves,gradients,layers}}.png"
 
 
-def test_a_finished_run_is_left_as_it_is(run, monkeypatch, capsys):
-    folder, printed = run
-    before = contents(folder)
-    monkeypatch.setattr(data, "load", None)  # called by all that trains
-    main("--resume", "--out", folder)
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{folder} has finished already")
-    assert others == printed.splitlines()[-2:]
-    assert contents(folder) == before
-
-
-def test_a_second_run_into_the_same_folder_touches_nothing(run, capsys):
-    before = contents(run[0])
-    message = refused("--out", run[0])
-    assert message.startswith(f"{run[0]} already exists and was not changed")
-    assert "--resume" in message
-    assert capsys.readouterr() == ("", "")
-    assert contents(run[0]) == before
-
-
 @pytest.mark.parametrize(
     ("step", "message"),
     [
