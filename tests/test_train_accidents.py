@@ -368,9 +368,7 @@ def test_two_processes_equal_one_with_two_devices(tmp_path):
     wait_for((out / "checkpoints" / "0").exists, pair[0])  # while they compile
     for process in pair:
         process.send_signal(signal.SIGSTOP)
-    others = start_pair(out, *args, "--resume")  # the first process holds the folder
-    assert in_use(out, pair[0]) in finish(others[0], 1)[1]
-    assert "process 0 could not start the run" in finish(others[1], 1)[1]
+    assert refused("--resume", "--out", out) == in_use(out, pair[0])
     kill(pair, 0)
     with lock(out):  # though the small process that watched over it may live on
         pass

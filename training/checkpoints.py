@@ -38,12 +38,9 @@ class Different(Damaged):
 
 
 class Checkpoints:
-    """The latest checkpoints of a run, as a context manager.
+    """The latest checkpoints of a run, in its folder, as a context manager.
 
-    Args:
-      folder: where they are, in the run's folder; created where it is missing. What an interrupted
-        write left there is removed.
-      say: is told about checkpoints that are damaged or lost.
+    What an interrupted write left there is removed; `say` is told about damaged and lost ones.
 
     Every method that writes raises:
       CheckpointError: if a checkpoint could not be written.
@@ -103,11 +100,9 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState | None:
         """Reads the latest checkpoint that is undamaged; None if there is no checkpoint yet.
 
-        Nothing is deleted. Damaged checkpoints after it are set aside, under another name, so that
-        new ones can take their place.
-
-        Args:
-          like: a state of the same structure, whose shapes, dtypes and shardings the result has.
+        Its shapes, dtypes and shardings are those of `like`. Nothing is deleted. Damaged
+        checkpoints after it are set aside, under another name, so that new ones can take their
+        place.
 
         Raises:
           CheckpointError: if the latest one is of another program, or cannot be read now; or if all

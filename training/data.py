@@ -87,8 +87,7 @@ def load(
     """Loads a data set.
 
     Args:
-      name: one of `DATASETS`. Of the digits, enlarged from 8x8 to 16x16, a fixed 360 are for the
-        test.
+      name: one of `DATASETS`; of the digits, enlarged to 16x16, a fixed 360 are test images.
       data_dir: the folder of the TensorFlow Datasets; CIFAR is downloaded there (170 MB) if it is
         missing. Default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       train_size: the number of training images to keep, balanced over the classes. With the same

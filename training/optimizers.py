@@ -166,11 +166,7 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
     """The paper's step decay, times 0.75 every `decay_epochs` epochs, after a linear warm-up.
 
-    Args:
-      learning_rate: the value at the start, or at the end of the warm-up.
-      decay_epochs: the number of epochs between decays, those of the warm-up included.
-      warmup_epochs: the number of epochs over which the learning rate rises linearly from 0.
-      steps_per_epoch: the number of steps in an epoch.
+    Epochs of the warm-up, over which the learning rate rises from 0, count as those of the decay.
     """
     decay_steps = max(1, round(decay_epochs * steps_per_epoch))
     decay = optax.exponential_decay(learning_rate, decay_steps, 0.75, staircase=True)

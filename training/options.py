@@ -212,13 +212,7 @@ def validate(experiment: Experiment, launch: Launch) -> None:
 
 
 def experiment_of(options: Any) -> Experiment:
-    """The experiment that was written as JSON.
-
-    Args:
-      options: the result of `dataclasses.asdict`, as JSON gives it back.
-
-    Returns:
-      The experiment; options that were added after it was written have their defaults.
+    """The experiment that was written as JSON; options that were added later have their defaults.
 
     Raises:
       ValueError: if an option is unknown, of the wrong type or impossible.

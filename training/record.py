@@ -61,11 +61,7 @@ _ADDED = ("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:
-    """The epochs of a run, from its `metrics.jsonl`.
-
-    Raises:
-      RecordError: if the file cannot be read, or a line is not the record of the next epoch.
-    """
+    """The epochs of a run; RecordError if its `metrics.jsonl` cannot be read or is damaged."""
     path = Path(folder, "metrics.jsonl")
     try:
         lines = path.read_bytes().splitlines()
