@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import resnet8, vgg_tiny
-from models.convolution import conv_general_dilated
+from models.layers import conv_general_dilated
 
 
 def normal(rng, shape, dtype=np.float32):
