@@ -265,11 +265,12 @@ def _next_scale(
     max_scale: jax.typing.ArrayLike | None,
 ) -> tuple[jax.Array, AutoscaleState]:
     """Equation 1: the factor for this step, and the state with the exponent for the next."""
-    std = eligible.std
-    # The limit at a deviation of 0, without its logarithm, whose derivative would be NaN.
-    zero = std == 0
-    log = jnp.log(jnp.where(zero, 0.5, std))
-    ratio = jnp.where(zero, 0.0, 4.0 / (jnp.abs(log) + jnp.asarray(eps, std.dtype)))
+    # At a deviation of 0 neither root nor logarithm is taken: their derivatives would be NaN.
+    zero = eligible.variance <= 0
+    root = jnp.sqrt(jnp.where(zero, 0.5, eligible.variance))
+    std = jnp.where(zero, 0.0, root)
+    ratio = 4.0 / (jnp.abs(jnp.log(root)) + jnp.asarray(eps, std.dtype))
+    ratio = jnp.where(zero, 0.0, ratio)
     scale = jnp.where(state.exponent == 1, ratio, jnp.square(ratio))
 
     undecided = (state.exponent == 0) & (std > 0) & jnp.isfinite(std)

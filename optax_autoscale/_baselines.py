@@ -174,9 +174,9 @@ def zscore_normalization(
             # amount: its own mean. Where there is nothing else, as in a layer of equal entries, the
             # difference of sums from which the deviation is computed is noise.
             deviation = grad - mean - layer.mean
-            squares = jnp.square(layer.std) * float(max(layer.size - 1, 1))
-            constant = squares <= 1e-3 * layer.squares
-            std = jnp.where(constant, 1.0, layer.std + jnp.asarray(eps, layer.std.dtype))
+            variance = layer.variance
+            constant = variance * float(max(layer.size - 1, 1)) <= 1e-3 * layer.squares
+            std = jnp.sqrt(jnp.where(constant, 1.0, variance)) + jnp.asarray(eps, variance.dtype)
             return jnp.where(constant, 0.0, deviation / std.astype(grad.dtype))
 
         return map_layers(standardize, updates, moments, means)

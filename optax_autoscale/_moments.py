@@ -214,10 +214,15 @@ class Moments(NamedTuple):
         return self.total / float(max(self.size, 1))
 
     @property
+    def variance(self) -> jax.Array:
+        """The unbiased variance of each layer, which rounding may have made negative."""
+        mean_square = jnp.square(jnp.abs(self.total)) / float(max(self.size, 1))
+        return (self.squares - mean_square) / float(max(self.size - 1, 1))
+
+    @property
     def std(self) -> jax.Array:
         """The unbiased standard deviation of each layer; 0 for fewer than two entries."""
-        mean_square = jnp.square(jnp.abs(self.total)) / float(max(self.size, 1))
-        return sqrt((self.squares - mean_square) / float(max(self.size - 1, 1)))
+        return sqrt(self.variance)
 
 
 def sqrt(x: jax.Array) -> jax.Array:
