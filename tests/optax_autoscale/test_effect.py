@@ -24,10 +24,10 @@ from common import (
     many_rows,
     mesh_grads,
     place,
+    random_grads,
     signature,
 )
 from flax import linen, nnx, serialization
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optax_autoscale import EffectSums, autoscale, measure_effect, zscore_normalization
@@ -41,11 +41,8 @@ OPTIMIZERS = {
 
 def make_params(dtype="float32"):
     """A network with names that also occur in optimizers' states."""
-    rng = np.random.default_rng(1)
-    shapes = {"kernel": (3, 3, 2, 4), "norm": {"scale": (4,), "bias": (4,)}}
-    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
-    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
-    return jax.tree.map(draw, shapes, is_leaf=is_shape)
+    kernel, scale, _, bias = random_grads(1, 1.0, dtype=dtype).values()
+    return {"kernel": kernel, "norm": {"scale": bias, "bias": scale}}
 
 
 def grads_at(params, step):
@@ -139,15 +136,6 @@ def test_nothing_differs_before_the_first_step_and_while_a_warm_up_is_at_zero():
     assert second.cosine < 0.999
 
 
-def test_nan_shows_in_its_step_alone():
-    tx, params = measure_effect(optax.sgd(0.2), optax.sgd(0.1)), make_params()
-    state = tx.init(params)
-    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    for grads, ratio in [(bad, np.nan), (params, 2.0)]:
-        _, state = tx.update(grads, state, params)
-        np.testing.assert_allclose(state.norm_ratio, ratio, rtol=1e-6)
-
-
 finite = st.floats(-8, 8, width=32).map(lambda x: x if abs(x) > 1e-3 else 0.0)
 
 
@@ -170,17 +158,6 @@ def test_sums_of_leaves_and_of_steps_give_the_projection_onto_the_reference(tree
         assert -1 <= sums.cosine <= 1
         rest = np.sum((u - factor * r) ** 2) / (u @ u) if u.any() else 0.0
         np.testing.assert_allclose(1 - sums.cosine**2, rest, atol=1e-5)
-
-
-@pytest.mark.parametrize(("decay", "reads"), [(0.0, 0.5), (0.1, 0.56), (1.0, 0.96)])
-def test_weight_decay_on_both_sides_hides_the_effect(decay, reads):
-    """The numbers of the docstring."""
-    direction, weights = {"w": jnp.array([0.0, 1.0])}, {"w": jnp.array([3.0, 0.0])}
-    after = optax.chain(optax.add_decayed_weights(decay), optax.scale(-1e-3))
-    adam = optax.scale_by_adam(b1=0.0, b2=0.0, eps=0.0, eps_root=1e-30)
-    tx = measure_effect(optax.chain(adam, optax.scale(0.5), after), optax.chain(adam, after))
-    _, state = tx.update(direction, tx.init(weights), weights)
-    assert round(float(state.norm_ratio), 2) == reads
 
 
 # --- the state ---
@@ -231,21 +208,18 @@ def test_state_types_never_change(dtype):
         assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("kind", ["half", "float64", "strict", "complex"])
+@pytest.mark.parametrize("kind", ["float64", "strict", "complex"])
 def test_sums_are_float32_or_wider(kind):
     rng = np.random.default_rng(0)
     with jax.enable_x64(kind in ("float64", "strict")), jax.numpy_dtype_promotion("strict"):
         match kind:
-            case "half":
-                u, r = jnp.full(2**16, 0.5, jnp.bfloat16), jnp.full(2**16, 0.25)
-                state, expected = measured({"w": u}, {"w": r}), [2.0**14, 2.0**12, 2.0**13]
             case "float64":
                 u, r = jnp.array([1.0, 1e-9]), jnp.array([1e-25, 0.0])
                 state, expected = measured({"w": u}, {"w": r}), [1 + 1e-18, 1e-50, 1e-25]
             case "strict":
-                u = {name: jnp.ones((2, 2), name) for name in ("bfloat16", "float32", "float64")}
+                u = {name: jnp.ones(2**10, name) for name in ("bfloat16", "float32", "float64")}
                 r = dict(zip(u, [u["float32"], u["float64"], u["bfloat16"]], strict=True))
-                state, expected = measured(u, r), [12.0] * 3
+                state, expected = measured(u, r), [3 * 2.0**10] * 3
             case _:
                 u, r = rng.standard_normal((2, 5)) + 1j * rng.standard_normal((2, 5))
                 state = measured({"w": jnp.complex64(u)}, {"w": jnp.complex64(r)})
@@ -366,16 +340,10 @@ def test_odd_leaves_count_as_nothing():
         assert jax.tree.structure(got) == jax.tree.structure(updates)
     assert (state.norm_ratio, state.cosine) == (2, 1)
     np.testing.assert_array_equal(state.effect_sums, [56, 14, 28])
-
-
-def test_gradients_of_none_make_moments_of_none():
-    """Momentum's trace loses a leaf at its first step, as it does without the measurement."""
-    params = {"frozen": jnp.ones(3), "w": jnp.ones(4), "v": jnp.ones(2)}
-    grads = {"frozen": None, "w": jnp.arange(4.0), "v": jnp.ones(2)}
-    tx = double(lambda: optax.sgd(0.1, momentum=0.9))
-    state = tx.init(params)
-    for _ in range(3):
-        _, state = tx.update(grads, state, params)
+    tx, grads = double(lambda: optax.sgd(0.1, momentum=0.9)), plain | {"frozen": None}
+    state = tx.init(grads | {"frozen": jnp.ones(3)})
+    for _ in range(3):  # momentum's trace loses a leaf at its first step
+        _, state = tx.update(grads, state)
     assert state.reference_state[0]["frozen"] is None
     np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
 
@@ -414,23 +382,25 @@ def test_both_sides_get_the_extra_args():
     double().update(params, double().init(params), params, value=3.0)
 
 
-def test_multi_steps_around_and_inside():
+def test_multi_steps_inside_and_around_what_skips_a_nan():
     def twice(tx):
         return optax.MultiSteps(tx, 2).gradient_transformation()
 
-    *_, (*_, state) = train(twice(double()), make_params(), steps=4)
+    params, tx = make_params(), optax.apply_if_finite(double(), 3)
+    *_, (*_, state) = train(twice(tx), params, steps=4)
     np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
-    history = train(double(lambda: twice(optax.adam(1e-3))), make_params(), steps=4)
+    history = train(double(lambda: twice(optax.adam(1e-3))), params, steps=4)
     effects = [effect_of(state) for *_, state in history]
     np.testing.assert_allclose(effects, [[1, 1], [2, 1]] * 2, rtol=1e-6)
-
-
-def test_apply_if_finite_keeps_the_measurement():
-    params, tx = make_params(), optax.apply_if_finite(double(), 3)
-    _, state = tx.update(grads_at(params, 0), tx.init(params), params)
-    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    _, after = jax.jit(tx.update)(bad, state, params)
-    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    state, bad = tx.init(params), jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    for grads in (params, bad):
+        _, state = jax.jit(tx.update)(grads, state, params)
+        np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
+    tx = double(lambda: optax.sgd(0.1))
+    state = tx.init(params)
+    for grads, ratio in [(bad, np.nan), (params, 2.0)]:  # a NaN shows in its step alone
+        _, state = tx.update(grads, state, params)
+        np.testing.assert_allclose(state.norm_ratio, ratio, rtol=1e-6)
 
 
 def test_inject_hyperparams_around():
@@ -469,12 +439,6 @@ def test_vmap_measures_each_member():
         grads = jax.tree.map(lambda p, c=factor: c * p, params)
         _, expected = tx.update(grads, tx.init(grads), grads)
         np.testing.assert_allclose(state.norm_ratio[member], expected.norm_ratio, rtol=1e-5)
-
-
-def test_nested_measurements_compare_with_two_references():
-    inner = measure_effect(optax.sgd(0.1), optax.sgd(0.2))
-    *_, (*_, state) = train(measure_effect(inner, optax.sgd(0.4)), make_params(), 1)
-    np.testing.assert_allclose([state.norm_ratio, state.tx_state.norm_ratio], [0.25, 0.5])
 
 
 def test_nnx_optimizer():
@@ -531,22 +495,6 @@ def test_sharded_equals_unsharded_and_types_stay(axis_type):
     np.testing.assert_allclose(state.effect_sums, expected.effect_sums, rtol=1e-4)
     for part in jax.tree.leaves(state.reference_state[1:]):
         assert part.sharding.mesh == mesh
-
-
-def test_the_state_can_be_sharded_by_the_shape_of_its_leaves():
-    mesh, grads = make_mesh(), {"rows": mesh_grads()["rows"]}
-    tx = measure_effect(optax.sgd(0.1), optax.sgd(0.1, 0.9))
-
-    def sharding(leaf):
-        return NamedSharding(mesh, P("data") if leaf.shape and leaf.shape[0] % 4 == 0 else P())
-
-    shardings = jax.tree.map(sharding, jax.eval_shape(tx.init, grads))
-    state = jax.jit(tx.init, out_shardings=shardings)(grads)
-    update = jax.jit(tx.update, out_shardings=(sharding(grads["rows"]), shardings))
-    for _ in range(2):
-        _, state = update(grads, state, grads)
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
-    np.testing.assert_allclose(state.norm_ratio, 1 / 1.9, rtol=1e-6)
 
 
 @axis_types
