@@ -50,14 +50,6 @@ def test_equal_their_equations(scale, dtype):
             np.testing.assert_allclose(oracle.float64(update), expected[name], rtol, atol)
 
 
-def test_optax_centralize_is_another_method_on_flax_kernels():
-    grads = random_grads(0, 1e-3)
-    ours, theirs = apply(gradient_centralization(), grads), apply(optax.centralize(), grads)
-    np.testing.assert_allclose(ours["conv"].mean((0, 1, 2)), 0, atol=1e-9)
-    assert jnp.abs(theirs["conv"].mean((0, 1, 2))).max() > 1e-5
-    np.testing.assert_allclose(theirs["conv"].mean((1, 2, 3)), 0, atol=1e-9)
-
-
 def test_zero_gradients_stay_zero():
     zeros = jax.tree.map(jnp.zeros_like, random_grads())
     for method in (gradient_centralization, gradient_normalization, zscore_normalization):

@@ -133,7 +133,7 @@ def test_nothing_differs_before_the_first_step_and_while_a_warm_up_is_at_zero():
     first, second = (state for *_, state in train(tx, make_params(), steps=2))
     for state in (before, first, sums):
         assert (state.norm_ratio, state.cosine) == (1, 1)
-    assert second.cosine < 0.999
+    assert second.cosine < 0.9999
 
 
 finite = st.floats(-8, 8, width=32).map(lambda x: x if abs(x) > 1e-3 else 0.0)
@@ -208,26 +208,23 @@ def test_state_types_never_change(dtype):
         assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("kind", ["float64", "strict", "complex"])
-def test_sums_are_float32_or_wider(kind):
+@pytest.mark.parametrize("dtypes", [("complex64", "float32"), ("bfloat16", "float64")])
+def test_sums_are_float32_or_wider_without_any_promotion(dtypes):
     rng = np.random.default_rng(0)
-    with jax.enable_x64(kind in ("float64", "strict")), jax.numpy_dtype_promotion("strict"):
-        match kind:
-            case "float64":
-                u, r = jnp.array([1.0, 1e-9]), jnp.array([1e-25, 0.0])
-                state, expected = measured({"w": u}, {"w": r}), [1 + 1e-18, 1e-50, 1e-25]
-            case "strict":
-                u = {name: jnp.ones(2**10, name) for name in ("bfloat16", "float32", "float64")}
-                r = dict(zip(u, [u["float32"], u["float64"], u["bfloat16"]], strict=True))
-                state, expected = measured(u, r), [3 * 2.0**10] * 3
-            case _:
-                u, r = rng.standard_normal((2, 5)) + 1j * rng.standard_normal((2, 5))
-                state = measured({"w": jnp.complex64(u)}, {"w": jnp.complex64(r)})
-                expected = np.real([np.vdot(u, u), np.vdot(r, r), np.vdot(r, u)])
-    wide = kind in ("float64", "strict")
-    assert state.effect_sums.products.dtype == ("float64" if wide else "float32")
-    assert (state.norm_ratio.dtype, state.cosine.dtype) == ("float32", "float32")
-    np.testing.assert_allclose(state.effect_sums, expected, rtol=1e-12 if wide else 1e-5)
+    with jax.enable_x64("float64" in dtypes), jax.numpy_dtype_promotion("strict"):
+        draws = [rng.standard_normal(2**10) + 1j * rng.standard_normal(2**10) for _ in range(4)]
+        u = {
+            n: jnp.asarray(d if n == "complex64" else d.real, n)
+            for n, d in zip(dtypes, draws, strict=False)
+        }
+        r = {n: jnp.asarray(d.real, dtypes[-1]) for n, d in zip(dtypes, draws[2:], strict=False)}
+        state = measured(u, r)
+    wide = "float64" if "float64" in dtypes else "float32"
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == ["float32"] * 2 + [wide] * 3
+    pairs = [[np.asarray(tree[n], np.complex128) for tree in (u, r)] for n in dtypes]
+    products = [[np.vdot(a, a), np.vdot(b, b), np.vdot(b, a)] for a, b in pairs]
+    expected = np.real(np.sum(products, axis=0))
+    np.testing.assert_allclose(state.effect_sums, expected, rtol=1e-5)
 
 
 def test_checkpoints_and_copies_restore_the_state(tmp_path):
