@@ -1,6 +1,7 @@
 """What a transformation does to the steps: its update compared with a reference optimizer's."""
 
 import collections
+import copyreg
 import functools
 from typing import Any, NamedTuple
 
@@ -225,19 +226,17 @@ def _nameless_state(structure: Any) -> Any:
     part that is no array to checkpoints and ``jax.jit``.
     """
     fields = [f"part{i}" for i in range(structure.num_leaves)]
-    return type(
-        "ReferenceState",
-        (collections.namedtuple("ReferenceState", fields),),
-        {
-            "__slots__": (),
-            "structure": structure,
-            "__reduce__": lambda self: (_make_nameless, (structure, tuple(self))),
-        },
-    )
+    base = collections.namedtuple("ReferenceState", fields)
+    return _Nameless("ReferenceState", (base,), {"__slots__": (), "structure": structure})
 
 
-def _make_nameless(structure: Any, parts: tuple[Any, ...]) -> Any:
-    return _nameless_state(structure)(*parts)
+class _Nameless(type):
+    """What such types are instances of, to be pickled by their structure."""
+
+    structure: Any
+
+
+copyreg.pickle(_Nameless, lambda kind: (_nameless_state, (kind.structure,)))
 
 
 def _is_none(node: Any) -> bool:

@@ -241,7 +241,7 @@ def test_checkpoints_and_copies_restore_the_state(tmp_path):
         restored,
         as_bytes,
         pickle.loads(pickle.dumps(state)),
-        structure.unflatten(leaves),
+        pickle.loads(pickle.dumps(structure)).unflatten(leaves),
     ):
         chex.assert_trees_all_equal(copy, state)
         assert jax.tree.structure(copy) == structure
