@@ -112,8 +112,9 @@ def test_a_constant_factor_before_sgd_is_the_ratio(factor):
     for *_, state in train(tx, make_params()):
         np.testing.assert_allclose(state.norm_ratio, abs(factor), rtol=1e-5)
         np.testing.assert_allclose(state.cosine, np.sign(factor), rtol=1e-6)
-    same = EffectSums(*[jnp.float32(0.3)] * 3)
-    assert (same.norm_ratio, same.cosine) == (1, 1)
+    for rounded in (0.3, np.nextafter(np.float32(0.3), 1)):
+        same = EffectSums(jnp.float32(0.3), jnp.float32(0.3), jnp.float32(rounded))
+        assert (same.norm_ratio, same.cosine) == (1, 1)
 
 
 @pytest.mark.parametrize(
