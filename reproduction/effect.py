@@ -26,8 +26,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from optax_autoscale import measure_effect
+from reproduction import replacing
 from reproduction.figures import COLORS, common_legend, figure_of
-from reproduction.records import Table, replacing
+from reproduction.records import Table
 from reproduction.report import listed, markdown, short
 from training import UserError, data, devices
 from training.data import Dataset

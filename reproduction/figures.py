@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reproduction import replacing
 from reproduction.presets import PAPER_ACCURACY, PRESETS
-from reproduction.records import Table, by_epoch, replacing, table
+from reproduction.records import Table, by_epoch, table
 from reproduction.statistics import MARGIN, differences
 from reproduction.studies import Study, describe
 from training.plots import STYLE, plot_layers

@@ -1,12 +1,9 @@
 """The records of finished runs: one file for each, and one table of all that a study has."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shlex
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from models import MODELS
+from reproduction import replacing
 from reproduction.studies import Study, same_results
 from training import UserError, options
 from training.optimizers import METHODS, OPTIMIZERS
@@ -253,20 +251,3 @@ def by_epoch(runs: Table, name: str) -> Table:
     """A recorded number: a row for each run, a column for each epoch from 1."""
     rows = [{record["epoch"]: record[name] for record in records} for records in runs["records"]]
     return pd.DataFrame(rows, index=runs["seed"], dtype=float).sort_index(axis=1)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which replaces `path` atomically at the end.
-
-    Other processes may read or write the file meanwhile. After an error, `path` is unchanged.
-    """
-    # No other process, on any host, writes to this name.
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from reproduction import figures
+from reproduction import figures, replacing
 from reproduction.presets import PAPER_ACCURACY
-from reproduction.records import Table, by_epoch, replacing, table
+from reproduction.records import Table, by_epoch, table
 from reproduction.statistics import ALPHA, MARGIN, POWER, TESTED, differences, mean_interval
 from reproduction.studies import Study
 from training import UserError

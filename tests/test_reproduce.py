@@ -249,7 +249,7 @@ def test_a_preset_is_made_in_a_fresh_clone(tmp_path, monkeypatch, capsys):
         (["--preset", "vit", "--name", "x"], "--preset is vit and --name is x; give one"),
         (["--name", "a/b"], "--name is 'a/b'; it names a folder, and must consist of"),
         (["--name", "digits"], "--name is 'digits'; .* not be a preset: digits, "),
-        (["--name", "x", "--methods", "nome"], "'nome'; did you mean 'none'"),
+        (["--name", "x", "--weight-decays", "-1"], "weight_decay is -1.0; it should be greater"),
         (["--name", "x", "--runs", "nowhere"], "nowhere does not exist; give the folder of a run"),
         (["--name", "x", "--report"], "there is no study x in studies; leave out --report"),
         (["--name", "begun", "--epochs", "9"], "--epochs is 9, and the study begun .* with 2"),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from synthetic import ABOUT, record, short, write, write_run
 
-from reproduction import records
+from reproduction import records, replacing
 from reproduction.presets import PRESETS
-from reproduction.records import replacing, table
+from reproduction.records import table
 from reproduction.studies import of_runs
 from training.options import Experiment, parse, recipe
 from training.record import RecordError
