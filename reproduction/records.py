@@ -5,34 +5,50 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from models import MODELS
 from reproduction import replacing
 from reproduction.studies import Study, same_results
 from training import UserError, options
 from training.optimizers import METHODS, OPTIMIZERS
-from training.options import Experiment, experiment_of, option, recipe
-from training.record import READABLE, Record, RecordError, parse_records, read_records
+from training.options import Experiment, option, recipe
+from training.record import READABLE, Record, RecordError, explain, parse_records, read_records
 
 # A data frame of pandas, or a row of one, whose contents no type checker knows.
 Table: TypeAlias = Any
 
-# The first line of a record file.
-DESCRIPTION = (
-    *("schema", "config", "command", "num_classes", "channels"),
-    *("versions", "device", "device_count", "commit", "diverged"),
-)
+
+class Description(TypedDict):
+    """The first line of a record file."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    schema: Literal[READABLE]  # pyright: ignore[reportInvalidTypeForm]
+    config: Experiment
+    command: str  # that makes the run again
+    num_classes: int
+    channels: int
+    versions: dict[str, str]
+    device: str
+    device_count: int
+    commit: str | None
+    diverged: str | None  # why the run stopped before its last epoch, if it did
+
+
+_DESCRIPTION = TypeAdapter(Description)
 
 
 class Run(NamedTuple):
     """A run with its records."""
 
     experiment: Experiment
-    description: Mapping[str, Any]  # command, versions, device, commit; what made it diverge, if so
+    description: Mapping[str, Any]  # a `Description`
     records: list[Record]
 
 
@@ -105,27 +121,19 @@ def read(folder: Path) -> dict[str, Run]:
 def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
     """A finished run, from the lines of its record file `path`; raises RecordError."""
     try:
-        if not lines:
-            raise ValueError("it is empty")
-        description = json.loads(lines[0])
-        if not isinstance(description, dict):
-            raise ValueError("its first line does not describe one")
-        if (schema := description.get("schema", 1)) not in READABLE:
-            raise ValueError(f"its schema is {schema}, and {READABLE} can be read")
-        if missing := [key for key in DESCRIPTION if key not in description]:
-            raise ValueError(f"missing: {', '.join(missing)}")
-        experiment = experiment_of(description.pop("config"))
-        records = parse_records(lines[1:], path)
+        description: Any = _DESCRIPTION.validate_json(lines[0] if lines else "")
+    except ValidationError as error:
+        raise RecordError(
+            f"{path} is not the record of a run: {explain(error)}; delete it to rerun"
+        ) from error
+    try:
+        experiment, records = description.pop("config"), parse_records(lines[1:], path)
         missed = experiment.epochs - len(records)
         if missed < 0 or (missed > 0 and not description["diverged"]):
-            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
-        return Run(experiment, description, records)
+            raise RecordError(f"{path} has {len(records)} of {experiment.epochs} epochs")
     except RecordError as error:
         raise RecordError(f"{error}; delete it to rerun") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RecordError(
-            f"{path} is not the record of a run: {error}; delete it to rerun"
-        ) from error
+    return Run(experiment, description, records)
 
 
 def read_folder(path: Path) -> Run:
@@ -206,17 +214,19 @@ def table(study: Study, folder: Path) -> Table:
                 entries.append((experiment, run, repeat, True))
             entries += [(run.experiment, run, repeat, False) for run in found.values()]
     rows = [_row(study, *entry) for entry in entries]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    optimizers, models, methods = list(OPTIMIZERS), list(MODELS), list(METHODS)
+    order: dict[Any, list[str]] = {
+        "optimizer": list(OPTIMIZERS),
+        "model": list(MODELS),
+        "method": list(METHODS),
+    }
+    order["arm"] = list(dict.fromkeys(row["arm"] for row in rows))
     numbers = [key for key in ("learning_rate", "weight_decay") if key in study.groups]
-
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        it = row["experiment"]
-        group = (row["dataset"], optimizers.index(it.optimizer), models.index(it.model))
-        arm = (methods.index(it.method), arms.index(row["arm"]))
-        return (row["repeat"], *group, *(row[key] for key in numbers), *arm, it.seed)
-
-    runs: Table = pd.DataFrame(sorted(rows, key=place))
+    runs: Table = pd.DataFrame(rows).sort_values(
+        ["repeat", "dataset", "optimizer", "model", *numbers, "method", "arm", "seed"],
+        key=lambda column: column.map(order[column.name].index) if column.name in order else column,
+        kind="stable",
+        ignore_index=True,
+    )
     if runs["repeat"].nunique() > 1:
         for _, there in runs.groupby("repeat"):
             devices = sorted(there["device"].dropna().unique())

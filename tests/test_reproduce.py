@@ -113,7 +113,7 @@ def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     output = finish(start(folder))
     assert made(output) == NAMES
-    assert re.search(r"^run 1 of 4, about 0:\d\d:\d\d left, by the rate of 3 steps", output, re.M)
+    assert re.search(r"^run 1 of 4, about 0:\d\d:\d\d left: ", output, re.M)
     assert "Autoscale minus AdamW: " in output
     assert output.endswith("studies/mine/REPORT.md holds the report of 4 runs\n")
     return folder

@@ -65,7 +65,7 @@ def test_a_record_says_what_was_run_and_on_what(key, tmp_path):
     about = json.loads(first)
     del about[key]
     path.write_text(f"{json.dumps(about)}\n{rest}")
-    with pytest.raises(RecordError, match=f"{path.name} is not the record of .*missing: {key}"):
+    with pytest.raises(RecordError, match=f"{path.name} is not the record of .*: {key} is missing"):
         records.read(tmp_path)
 
 
