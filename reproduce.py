@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 from reproduction import estimate, records, studies
 from reproduction.figures import draw_verdict
 from reproduction.presets import PRESETS
-from reproduction.records import Run, Table
+from reproduction.records import Table
 from reproduction.report import difference, runs_section, write_report
 from reproduction.studies import NO_HINT, Axes, Begun, Study
 from train import NotFinite, train
@@ -234,17 +234,21 @@ class Work(NamedTuple):
         """The folder in which a run is trained."""
         return self.folder / "runs" / experiment.name
 
-    def finished(self, experiment: Experiment) -> Run | None:
-        """A run, if it is finished; raises ValueError if its record is invalid, or another's."""
-        path = self.record(experiment)
-        if not path.exists():
-            return None
-        run = records.read_run(path)
-        records.check_same(experiment, run, path)
-        return run
+    def progress(self) -> tuple[list[Experiment], estimate.Rates]:
+        """The runs that are missing, and how fast those are that are not.
 
-    def rates(self) -> estimate.Rates:
-        """How fast finished runs of other studies were."""
+        Raises:
+          ValueError: if a record is invalid, or another's.
+        """
+        done = records.read(self.folder)
+        for experiment in self.experiments:
+            if experiment.name in done:
+                records.check_same(experiment, done[experiment.name], self.record(experiment))
+        missing = [each for each in self.experiments if each.name not in done]
+        return missing, estimate.rates_of(done.values())
+
+    def other_rates(self) -> estimate.Rates:
+        """How fast the runs of other studies were."""
         rates: estimate.Rates = {}
         for folder in (*PUBLISHED.glob("*/"), *self.folder.parent.glob("*/")):
             with contextlib.suppress(ValueError):  # an invalid record there
@@ -273,11 +277,10 @@ def make_missing(work: Work) -> list[InUse]:
     Returns:
       For each of the latter, who holds it.
     """
-    rates = work.rates()
+    rates = work.other_rates()
     while True:
-        runs = list(map(work.finished, work.experiments))  # again: others may have finished some
-        rates |= estimate.rates_of(filter(None, runs))
-        missing = [it for it, run in zip(work.experiments, runs, strict=True) if run is None]
+        missing, here = work.progress()  # again: other processes may have finished some
+        rates |= here
         held = []
         for number, experiment in enumerate(missing):
             try:
@@ -313,29 +316,17 @@ def make(experiment: Experiment, work: Work) -> None:
 
 
 def show_progress(work: Work) -> None:
-    """Prints how far each run is, and what is wrong with invalid records."""
-    done, missing, invalid = [], [], []
+    """Prints how far each run is, and the time left."""
+    missing, rates = work.progress()
     for experiment in work.experiments:
-        metrics = work.run(experiment) / "metrics.jsonl"
-        try:
-            if run := work.finished(experiment):
-                done.append(run)
-                text = "done"
-            else:
-                missing.append(experiment)
-                text = "-"
-                if metrics.exists():
-                    text = f"{len(read_records(metrics.parent))}/{experiment.epochs} epochs"
-        except ValueError as error:
-            invalid.append(error)
-            text = "invalid"
+        metrics, text = work.run(experiment) / "metrics.jsonl", "done"
+        if experiment in missing:
+            epochs = len(read_records(metrics.parent)) if metrics.exists() else 0
+            text = f"{epochs}/{experiment.epochs} epochs"
         print(f"{text:>12}  {experiment.name}")
-    for error in invalid:
-        print(error)
-    left = "time left unknown while records are invalid"
-    if not invalid:
-        left = estimate.time_left(missing, work.rates() | estimate.rates_of(done))
-    print(f"{len(done)} of {len(work.experiments)} done, {left}")
+    done = len(work.experiments) - len(missing)
+    left = estimate.time_left(missing, work.other_rates() | rates)
+    print(f"{done} of {len(work.experiments)} done, {left}")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
     records: list[Record]
 
 
-def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> Run:
+def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> None:
     """Writes a finished run's record file: a line that describes it, then its epochs.
 
     Args:
@@ -60,9 +60,6 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
       folder: the run's folder.
       path: the file; its name is the run's.
       diverged: why the run stopped before its last epoch, if it did.
-
-    Returns:
-      The run, as `read_run` reads it from the file.
 
     Raises:
       RecordError: if the folder lacks the records of some epochs; then nothing is written.
@@ -86,12 +83,9 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
             f"{folder / 'metrics.jsonl'} has {len(records)} of {experiment.epochs} epochs; "
             f"remove {folder} to rerun"
         )
-    lines = [json.dumps(line) for line in (description, *records)]
-    run = _parse(lines, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        part.write_text("".join(line + "\n" for line in lines))
-    return run
+        part.write_text("".join(json.dumps(line) + "\n" for line in (description, *records)))
 
 
 def read_run(path: Path) -> Run:
@@ -101,12 +95,23 @@ def read_run(path: Path) -> Run:
       RecordError: if the file is not such a record, or is named after another run.
     """
     try:
-        run = _parse(path.read_bytes().splitlines(), path)
+        lines = path.read_bytes().splitlines() or [b""]
+        description: Any = _DESCRIPTION.validate_json(lines[0])
+        experiment, records = description.pop("config"), parse_records(lines[1:], path)
+        missed = experiment.epochs - len(records)
+        if missed < 0 or (missed > 0 and not description["diverged"]):
+            raise RecordError(f"{path} has {len(records)} of {experiment.epochs} epochs")
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    if path.stem != run.experiment.name:
-        raise RecordError(f"{path} is the record of {run.experiment.name}; move it away")
-    return run
+    except ValidationError as error:
+        raise RecordError(
+            f"{path} is not the record of a run: {explain(error)}; delete it to rerun"
+        ) from error
+    except RecordError as error:
+        raise RecordError(f"{error}; delete it to rerun") from error
+    if path.stem != experiment.name:
+        raise RecordError(f"{path} is the record of {experiment.name}; move it away")
+    return Run(experiment, description, records)
 
 
 def read(folder: Path) -> dict[str, Run]:
@@ -116,24 +121,6 @@ def read(folder: Path) -> dict[str, Run]:
       RecordError: if a file is not the record of a run.
     """
     return {path.stem: read_run(path) for path in sorted(folder.glob("*.jsonl"))}
-
-
-def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
-    """A finished run, from the lines of its record file `path`; raises RecordError."""
-    try:
-        description: Any = _DESCRIPTION.validate_json(lines[0] if lines else "")
-    except ValidationError as error:
-        raise RecordError(
-            f"{path} is not the record of a run: {explain(error)}; delete it to rerun"
-        ) from error
-    try:
-        experiment, records = description.pop("config"), parse_records(lines[1:], path)
-        missed = experiment.epochs - len(records)
-        if missed < 0 or (missed > 0 and not description["diverged"]):
-            raise RecordError(f"{path} has {len(records)} of {experiment.epochs} epochs")
-    except RecordError as error:
-        raise RecordError(f"{error}; delete it to rerun") from error
-    return Run(experiment, description, records)
 
 
 def read_folder(path: Path) -> Run:
