@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 from reproduction import estimate, records, studies
 from reproduction.figures import draw_verdict
 from reproduction.presets import PRESETS
-from reproduction.records import Run, Table
+from reproduction.records import Table
 from reproduction.report import difference, runs_section, write_report
 from reproduction.studies import NO_HINT, Axes, Begun, Study
 from train import NotFinite, train
@@ -88,22 +88,13 @@ def parse(args: Sequence[str] | None = None) -> Options:
       ValueError: if the study's file is damaged.
     """
     args = sys.argv[1:] if args is None else args
-
-    def begun(name: str | None = None, results: Path = What.results) -> Path | None:
-        return results / name if name else None
-
-    folder, _ = tyro.cli(begun, args=args, return_unknown_args=True, add_help=False)
-    usual, _ = tyro.cli(recipe, args=args, return_unknown_args=True, add_help=False)
-    options = Options(experiment=usual)
-    if folder and (found := studies.load(folder)):
-        options = Options(What(runs=found.runs), found.axes, found.experiment)
-    options = tyro.cli(
-        Options,
-        args=args,
-        default=options,
-        description=Options.__doc__,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-    )
+    # Once without --help, to know which defaults it shows.
+    chosen = _read([arg for arg in args if arg not in ("-h", "--help")], Options())
+    what, it = chosen.study, chosen.experiment
+    default = Options(experiment=recipe(it.dataset, it.optimizer))
+    if what.name and (found := studies.load(local_path("results", what.results) / what.name)):
+        default = Options(What(runs=found.runs), found.axes, found.experiment)
+    options = _read(args, default)
     what = options.study
     what = dataclasses.replace(
         what,
@@ -112,6 +103,11 @@ def parse(args: Sequence[str] | None = None) -> Options:
         data_dir=what.data_dir and local_path("data_dir", what.data_dir),
     )
     return dataclasses.replace(options, study=what)
+
+
+def _read(args: Sequence[str], default: Options) -> Options:
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    return tyro.cli(Options, args=args, default=default, config=config)
 
 
 def check(options: Options) -> None:
@@ -238,13 +234,26 @@ class Work(NamedTuple):
         """The folder in which a run is trained."""
         return self.folder / "runs" / experiment.name
 
-    def finished(self) -> dict[str, Run]:
-        """The finished runs by name; raises ValueError if a record is invalid, or another's."""
+    def progress(self) -> tuple[list[Experiment], estimate.Rates]:
+        """The runs that are missing, and how fast those are that are not.
+
+        Raises:
+          ValueError: if a record is invalid, or another's.
+        """
         done = records.read(self.folder)
         for experiment in self.experiments:
             if experiment.name in done:
                 records.check_same(experiment, done[experiment.name], self.record(experiment))
-        return done
+        missing = [each for each in self.experiments if each.name not in done]
+        return missing, estimate.rates_of(done.values())
+
+    def other_rates(self) -> estimate.Rates:
+        """How fast the runs of other studies were."""
+        rates: estimate.Rates = {}
+        for folder in (*PUBLISHED.glob("*/"), *self.folder.parent.glob("*/")):
+            with contextlib.suppress(ValueError):  # an invalid record there
+                rates |= estimate.rates_of(records.read(folder).values())
+        return rates
 
 
 def make_folder(folder: Path) -> None:
@@ -268,20 +277,19 @@ def make_missing(work: Work) -> list[InUse]:
     Returns:
       For each of the latter, who holds it.
     """
+    rates = work.other_rates()
     while True:
-        done = work.finished()  # again: other processes may have finished some
-        missing = [experiment for experiment in work.experiments if experiment.name not in done]
+        missing, here = work.progress()  # again: other processes may have finished some
+        rates |= here
         held = []
         for number, experiment in enumerate(missing):
             try:
                 with lock(work.run(experiment)):
                     if work.record(experiment).exists():  # since the records were read
                         continue
-                    print(
-                        f"run {len(work.experiments) - len(missing) + number + 1} of "
-                        f"{len(work.experiments)}, {left(missing[number:], work)}: "
-                        f"{experiment.name}"
-                    )
+                    count = len(work.experiments) - len(missing) + number + 1
+                    left = estimate.time_left(missing[number:], rates)
+                    print(f"run {count} of {len(work.experiments)}, {left}: {experiment.name}")
                     make(experiment, work)
                     break
             except InUse as error:
@@ -308,41 +316,17 @@ def make(experiment: Experiment, work: Work) -> None:
 
 
 def show_progress(work: Work) -> None:
-    """Prints how far each run is, and what is wrong with invalid records."""
-    done: dict[str, Run] = {}
-    invalid: list[ValueError] = []
+    """Prints how far each run is, and the time left."""
+    missing, rates = work.progress()
     for experiment in work.experiments:
-        path, metrics = work.record(experiment), work.run(experiment) / "metrics.jsonl"
-        text = "-"
-        try:
-            if path.exists():
-                found = records.read_run(path)
-                records.check_same(experiment, found, path)
-                done[experiment.name] = found
-                text = "done"
-            elif metrics.exists():
-                text = f"{len(read_records(metrics.parent))}/{experiment.epochs} epochs"
-        except ValueError as error:
-            invalid.append(error)
-            text = "invalid"
+        metrics, text = work.run(experiment) / "metrics.jsonl", "done"
+        if experiment in missing:
+            epochs = len(read_records(metrics.parent)) if metrics.exists() else 0
+            text = f"{epochs}/{experiment.epochs} epochs"
         print(f"{text:>12}  {experiment.name}")
-    for error in invalid:
-        print(error)
-    missing = [experiment for experiment in work.experiments if experiment.name not in done]
-    unknown = "time left unknown while records are invalid"
-    text = unknown if invalid else left(missing, work, measure=True)
-    print(f"{len(done)} of {len(work.experiments)} done, {text}")
-
-
-def left(missing: Sequence[Experiment], work: Work, *, measure: bool = False) -> str:
-    """The estimated time of the missing runs, in words; this study's own runs tell most."""
-    datasets = {experiment.dataset for experiment in missing}
-    rates: estimate.Rates = {}
-    for folder in (*PUBLISHED.glob("*/"), *work.folder.parent.glob("*/"), work.folder):
-        with contextlib.suppress(ValueError):  # an invalid record of another study
-            runs = records.read(folder).values()
-            rates |= estimate.rates_of(run for run in runs if run.experiment.dataset in datasets)
-    return estimate.time_left(missing, rates, measure=measure or not rates)
+    done = len(work.experiments) - len(missing)
+    left = estimate.time_left(missing, work.other_rates() | rates)
+    print(f"{done} of {len(work.experiments)} done, {left}")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,13 @@ from optax_autoscale._baselines import (
     zscore_normalization,
 )
 from optax_autoscale._effect import EffectState, EffectSums, measure_effect
-from optax_autoscale._moments import default_layer_axes, exclude, global_std, layer_std
+from optax_autoscale._moments import (
+    default_layer_axes,
+    exclude,
+    global_std,
+    layer_std,
+    layers,
+)
 
 __version__ = _version("optax-autoscale")
 
@@ -30,6 +36,7 @@ __all__ = [
     "gradient_centralization",
     "gradient_normalization",
     "layer_std",
+    "layers",
     "measure_effect",
     "scale_by_global_std",
     "zscore_normalization",

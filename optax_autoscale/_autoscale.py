@@ -1,5 +1,6 @@
 """Gradient autoscaled normalization (Yun 2025): the method, in one pass, and its two halves."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from optax_autoscale._moments import (
     checked_layer_axes,
     map_layers,
     pooled_moments,
+    stateless,
     tree_moments,
+    warn_of_unknown_names,
 )
 
 
@@ -57,20 +60,20 @@ def autoscale(
 
     Put it before the optimizer: ``optax.chain(autoscale(), optax.adamw(1e-3))``.
 
-    Four things follow from the equations. :math:`a_t` has a singularity at :math:`s_t = 1` and
-    exceeds 1 for :math:`e^{-4} < s_t < e^4`; ``max_scale=1.0`` keeps it in the range
-    :math:`(0, 1]` that the paper's convergence proof assumes. Before Adam, which cancels any
-    constant factor, only the centering and the change of :math:`a_t` over time have an effect.
-    Under plain SGD the mean of every eligible leaf never changes, since its gradient is centered.
-    And where all gradients are 0, :math:`s_t = 0` gives :math:`a_t = 0`: updates of 0, not NaN.
+    Where :math:`e^{-4} < s_t < e^4`, :math:`a_t` exceeds 1, without bound at :math:`s_t = 1`;
+    ``max_scale=1.0`` keeps it in the range :math:`(0, 1]` of the paper's proof. Adam cancels any
+    constant factor. Under plain SGD the mean of every eligible leaf never changes. The page "What
+    the method does, and what it cannot do" of the documentation has examples of each.
 
-    Leave out embedding tables of which a batch uses only some rows: the other rows, whose gradient
-    is 0, would get minus the layer's mean, which Adam turns into full steps, all of one sign.
-    ``autoscale(layer_axes=exclude("embedding"))`` does so, with the name of the tables in your
-    parameters; ``layer_std(params, layer_axes=rule)`` shows which parameters a rule selects.
+    Leave out embedding tables of which a batch uses only some rows, as in
+    ``autoscale(layer_axes=exclude("embedding"))``. The other rows, whose gradient is 0, would get
+    minus the layer's mean, which Adam turns into full steps. :func:`layers` lists the parameters
+    that a rule selects.
 
-    A step whose :math:`s_t` is 0 or not finite leaves :math:`p` undecided. NaN and infinite
-    gradients give NaN updates; ``optax.apply_if_finite`` around the chain skips such a step.
+    Gradients of 0 give updates of 0. NaN and infinite gradients give NaN updates;
+    ``optax.apply_if_finite`` around the chain skips such a step. A step whose :math:`s_t` is 0 or
+    not finite leaves :math:`p` undecided. The updates can be differentiated; where a standard
+    deviation is 0, its derivative is taken to be 0.
 
     Args:
       eps: added to the logarithm's magnitude; the paper's is 1e-8. It may be traced.
@@ -133,7 +136,9 @@ def autoscale(
         )
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(_init_autoscale, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init_autoscale, layer_axes), update_fn
+    )
 
 
 def scale_by_global_std(
@@ -193,7 +198,9 @@ def scale_by_global_std(
         updates = map_layers(lambda grad, _: scale.astype(grad.dtype) * grad, updates, moments)
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(_init_autoscale, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init_autoscale, layer_axes), update_fn
+    )
 
 
 def center_layers(
@@ -239,11 +246,11 @@ def center_layers(
         moments = tree_moments(updates, rule, axis_name)
         return map_layers(lambda grad, layer: grad - layer.mean, updates, moments)
 
-    return optax.stateless(center)
+    return stateless(center, layer_axes)
 
 
-def _init_autoscale(params: optax.Params) -> AutoscaleState:
-    del params
+def _init_autoscale(layer_axes: LayerAxes | None, params: optax.Params) -> AutoscaleState:
+    warn_of_unknown_names(layer_axes, params)
     return AutoscaleState(
         exponent=jnp.zeros([], jnp.int32),
         global_std=jnp.zeros([], jnp.float32),
@@ -258,8 +265,12 @@ def _next_scale(
     max_scale: jax.typing.ArrayLike | None,
 ) -> tuple[jax.Array, AutoscaleState]:
     """Equation 1: the factor for this step, and the state with the exponent for the next."""
-    std = eligible.std
-    ratio = 4.0 / (jnp.abs(jnp.log(std)) + jnp.asarray(eps, std.dtype))
+    # At a deviation of 0 neither root nor logarithm is taken: their derivatives would be NaN.
+    zero = eligible.variance <= 0
+    root = jnp.sqrt(jnp.where(zero, 0.5, eligible.variance))
+    std = jnp.where(zero, 0.0, root)
+    ratio = 4.0 / (jnp.abs(jnp.log(root)) + jnp.asarray(eps, std.dtype))
+    ratio = jnp.where(zero, 0.0, ratio)
     scale = jnp.where(state.exponent == 1, ratio, jnp.square(ratio))
 
     undecided = (state.exponent == 0) & (std > 0) & jnp.isfinite(std)

@@ -17,6 +17,8 @@ from optax_autoscale._moments import (
     default_layer_axes,
     map_layers,
     pooled_moments,
+    sqrt,
+    stateless,
     tree_moments,
 )
 
@@ -102,8 +104,10 @@ def gradient_normalization(
     def normalize(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
         moments = tree_moments(updates, every_leaf, axis_name)
-        norm = jnp.sqrt(pooled_moments(moments).squares)
-        scale = jnp.where(norm == 0, 0.0, jnp.asarray(alpha, norm.dtype) / norm)
+        norm = sqrt(pooled_moments(moments).squares)
+        zero = norm == 0
+        scale = jnp.asarray(alpha, norm.dtype) / jnp.where(zero, 1.0, norm)
+        scale = jnp.where(zero, 0.0, scale)
         return map_layers(lambda grad, _: scale.astype(grad.dtype) * grad, updates, moments)
 
     return optax.stateless(normalize)
@@ -170,11 +174,11 @@ def zscore_normalization(
             # amount: its own mean. Where there is nothing else, as in a layer of equal entries, the
             # difference of sums from which the deviation is computed is noise.
             deviation = grad - mean - layer.mean
-            squares = jnp.square(layer.std) * float(max(layer.size - 1, 1))
-            constant = squares <= 1e-3 * layer.squares
-            std = layer.std + jnp.asarray(eps, layer.std.dtype)
+            variance = layer.variance
+            constant = variance * float(max(layer.size - 1, 1)) <= 1e-3 * layer.squares
+            std = jnp.sqrt(jnp.where(constant, 1.0, variance)) + jnp.asarray(eps, variance.dtype)
             return jnp.where(constant, 0.0, deviation / std.astype(grad.dtype))
 
         return map_layers(standardize, updates, moments, means)
 
-    return optax.stateless(normalize)
+    return stateless(normalize, layer_axes)

@@ -1,18 +1,23 @@
-"""Sums over layers and over the whole tree, from which means and standard deviations are computed.
+"""Which parameters are layers, and the sums from which means and standard deviations are computed.
 
 Each leaf contributes one sum and one sum of squares per layer. Nothing is concatenated or raveled,
 and (except in `centered_moments`) no second pass depends on the first, so that XLA merges the
-reductions of a sharded tree into one all-reduce.
+reductions of a sharded tree into one all-reduce. Moments are kept in lists in the order of the
+leaves: a node of a user's tree may accept nothing but arrays.
 """
 
+import dataclasses
+import difflib
 import math
 import operator
 import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 KeyPath = tuple[Any, ...]  # jax.tree_util.KeyPath, whose entries type checkers do not know
 LayerAxes = Callable[[KeyPath, Any], Sequence[int] | None]
@@ -49,8 +54,8 @@ def exclude(*names: str) -> Callable[[KeyPath, Any], tuple[int, ...] | None]:
     ``exclude("decoder/embedding")``. Slashes in Haiku's names separate parts too, and the
     ``.value`` that ends the paths of Flax's boxes and variables is ignored.
 
-    A name that occurs in no path excludes nothing: ``layer_std(params, layer_axes=exclude(...))``
-    shows None for everything that is left out.
+    :func:`layers` lists what a rule selects. A name that occurs in no path excludes nothing; the
+    ``init`` of a transformation warns of it.
 
     Args:
       *names: one or more names, such as ``"embedding"`` for Flax's embedding tables.
@@ -65,21 +70,93 @@ def exclude(*names: str) -> Callable[[KeyPath, Any], tuple[int, ...] | None]:
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"tokens": {"embedding": jnp.eye(5)}, "head": {"kernel": jnp.eye(5)}}
-      >>> layer_std(params, layer_axes=exclude("embedding"))
-      {'head': {'kernel': Array(0.408..., dtype=float32)}, 'tokens': {'embedding': None}}
+      >>> layers(params, layer_axes=exclude("embedding"))
+      {'head/kernel': (5, 5)}
     """
     if not names or not all(isinstance(name, str) and name for name in names):
         raise TypeError(f"exclude takes one or more names, as strings that are not empty: {names}")
+    return _Exclude(names)
 
-    def layer_axes(path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
-        if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
-            path = path[:-1]
-        parts = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}/"
-        if any(f"/{name}/" in parts for name in names):
+
+@dataclasses.dataclass(frozen=True)
+class _Exclude:
+    names: tuple[str, ...]
+
+    def __call__(self, path: KeyPath, leaf: Any) -> tuple[int, ...] | None:
+        if any(f"/{name}/" in f"/{_path_name(path)}/" for name in self.names):
             return None
         return default_layer_axes(path, leaf)
 
-    return layer_axes
+
+def _path_name(path: KeyPath) -> str:
+    if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def warn_of_unknown_names(layer_axes: LayerAxes | None, params: optax.Params) -> None:
+    """Warns of names given to ``exclude`` that occur nowhere in the parameters.
+
+    Behind a mask the other parameters are not known, and nothing is said.
+    """
+    nodes = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if not isinstance(layer_axes, _Exclude) or not nodes:
+        return
+    if any(isinstance(node, optax.MaskedNode) for _, node in nodes):
+        return
+    paths = [_path_name(path) for path, _ in nodes]
+    for name in layer_axes.names:
+        if any(f"/{name}/" in f"/{path}/" for path in paths):
+            continue
+        size = name.count("/") + 1
+        parts = [path.split("/") for path in paths]
+        known = {"/".join(p[i : i + size]) for p in parts for i in range(len(p) - size + 1)}
+        nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)
+        hint = f"; the nearest name is {nearest[0]!r}" if nearest else ""
+        warnings.warn(f"exclude({name!r}) leaves out no parameter{hint}", stacklevel=3)
+
+
+def stateless(
+    update: Callable[[optax.Updates, optax.Params | None], optax.Updates],
+    layer_axes: LayerAxes | None,
+) -> optax.GradientTransformation:
+    """``optax.stateless(update)``, whose init warns of names that ``exclude`` does not know."""
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        warn_of_unknown_names(layer_axes, params)
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init_fn, optax.stateless(update).update)
+
+
+def layers(params: Any, *, layer_axes: LayerAxes | None = None) -> dict[str, tuple[int, ...]]:
+    """Which parameters are layers: the names and shapes of the leaves that a rule selects.
+
+    Args:
+      params: a tree of arrays, or of ``jax.ShapeDtypeStruct``.
+      layer_axes: see :func:`autoscale`.
+
+    Returns:
+      The shape of each eligible leaf by its path, whose parts are separated by slashes.
+
+    Raises:
+      TypeError: if ``layer_axes`` is not a function.
+      ValueError: if ``layer_axes`` returns anything but axes of a leaf, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"tokens": {"embedding": jnp.eye(5)}, "head": {"kernel": jnp.ones((5, 2))}}
+      >>> layers(params)
+      {'head/kernel': (5, 2), 'tokens/embedding': (5, 5)}
+      >>> layers(params, layer_axes=exclude("embedding"))
+      {'head/kernel': (5, 2)}
+    """
+    rule = checked_layer_axes(layer_axes)
+    return {
+        _path_name(path): jnp.shape(leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if rule(path, leaf) is not None
+    }
 
 
 def checked_layer_axes(layer_axes: LayerAxes | None) -> LayerAxes:
@@ -137,51 +214,62 @@ class Moments(NamedTuple):
         return self.total / float(max(self.size, 1))
 
     @property
+    def variance(self) -> jax.Array:
+        """The unbiased variance of each layer, which rounding may have made negative."""
+        mean_square = jnp.square(jnp.abs(self.total)) / float(max(self.size, 1))
+        return (self.squares - mean_square) / float(max(self.size - 1, 1))
+
+    @property
     def std(self) -> jax.Array:
         """The unbiased standard deviation of each layer; 0 for fewer than two entries."""
-        mean_square = jnp.square(jnp.abs(self.total)) / float(max(self.size, 1))
-        variance = (self.squares - mean_square) / float(max(self.size - 1, 1))
-        return jnp.sqrt(jnp.maximum(variance, 0.0))
+        return sqrt(self.variance)
+
+
+def sqrt(x: jax.Array) -> jax.Array:
+    """The square root, and 0 for negative numbers. At 0 its derivative is 0, not infinity."""
+    zero = x <= 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
 def tree_moments(
-    tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None, means: Any = None
-) -> Any:
-    """The tree with each eligible leaf replaced by its ``Moments``, and every other leaf by None.
+    tree: Any,
+    layer_axes: LayerAxes,
+    axis_name: AxisName = None,
+    means: Sequence[jax.Array | None] | None = None,
+) -> list[Moments | None]:
+    """The ``Moments`` of each leaf of the tree, in order; None where a leaf is not eligible.
 
     If ``means`` is given, they are the moments of the leaves minus these.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    means = [None] * len(flat) if means is None else treedef.flatten_up_to(means)
+    flat = jax.tree.leaves_with_path(tree)
+    if means is None:
+        means = [None] * len(flat)
     moments = [
         _leaf_moments(path, leaf, layer_axes, mean)
         for (path, leaf), mean in zip(flat, means, strict=True)
     ]
-    layers = [layer for layer in moments if layer is not None]
-    values = [value for layer in layers for value in (layer.total, layer.squares)]
+    eligible = [layer for layer in moments if layer is not None]
+    values = [value for layer in eligible for value in (layer.total, layer.squares)]
     sums, shards = sum_over_mesh(values, axis_name)
     summed = (
         Moments(layer.axes, layer.size * count, total, squares)
         for layer, count, total, squares in zip(
-            layers, shards[::2], sums[::2], sums[1::2], strict=True
+            eligible, shards[::2], sums[::2], sums[1::2], strict=True
         )
     )
-    return treedef.unflatten(None if layer is None else next(summed) for layer in moments)
+    return [None if layer is None else next(summed) for layer in moments]
 
 
 def centered_moments(
     tree: Any, layer_axes: LayerAxes, axis_name: AxisName = None
-) -> tuple[Any, Any]:
+) -> tuple[list[jax.Array | None], list[Moments | None]]:
     """The mean of each layer, and in a second pass the moments of the centered layers.
 
     A single pass loses the deviation where the mean is far larger. The mean is rounded, so that the
     centered layers have a small mean too.
     """
-    means = jax.tree.map(
-        lambda layer: layer.mean,
-        tree_moments(tree, layer_axes, axis_name),
-        is_leaf=lambda node: isinstance(node, Moments),
-    )
+    moments = tree_moments(tree, layer_axes, axis_name)
+    means = [None if layer is None else layer.mean for layer in moments]
     # Without the barrier XLA may merge the second sums of a leaf with the first sums of the next:
     # one all-reduce for each leaf of a sharded tree instead of two in total. The CPU backend does
     # so anyway, as it removes barriers before it merges.
@@ -189,18 +277,23 @@ def centered_moments(
     return means, tree_moments(tree, layer_axes, axis_name, means)
 
 
-def pooled_moments(moments: Any) -> Moments:
+def pooled_moments(moments: Sequence[Moments | None]) -> Moments:
     """The moments of all eligible entries of a tree, taken together as one layer."""
-    leaves = jax.tree.leaves(moments, is_leaf=lambda node: isinstance(node, Moments))
+    eligible = [layer for layer in moments if layer is not None]
     return Moments(
         axes=(),
-        size=sum(leaf.size * leaf.total.size for leaf in leaves),
-        total=_sum_all([leaf.total for leaf in leaves]),
-        squares=_sum_all([leaf.squares for leaf in leaves]),
+        size=sum(layer.size * layer.total.size for layer in eligible),
+        total=_sum_all([layer.total for layer in eligible]),
+        squares=_sum_all([layer.squares for layer in eligible]),
     )
 
 
-def map_layers(update: Callable[..., jax.Array], grads: Any, moments: Any, *rest: Any) -> Any:
+def map_layers(
+    update: Callable[..., jax.Array],
+    grads: Any,
+    moments: Sequence[Moments | None],
+    *rest: Sequence[Any],
+) -> Any:
     """Applies ``update(grad, moments, *rest)`` to each eligible leaf, in its moments' precision.
 
     Every output leaf has its input's dtype; leaves without moments pass through unchanged.
@@ -212,7 +305,8 @@ def map_layers(update: Callable[..., jax.Array], grads: Any, moments: Any, *rest
         wide = jnp.asarray(grad, layer.total.dtype)
         return update(wide, layer, *rest).astype(jnp.result_type(grad))
 
-    return jax.tree.map(update_leaf, grads, moments, *rest)
+    leaves, treedef = jax.tree.flatten(grads)
+    return treedef.unflatten(map(update_leaf, leaves, moments, *rest))
 
 
 def global_std(
@@ -260,9 +354,6 @@ def layer_std(
     be given here as well:
     ``optax.snapshot("layer_std", functools.partial(layer_std, layer_axes=rule))``.
 
-    ``layer_std(params, layer_axes=rule)`` shows which parameters a rule selects: the others are
-    None, and a leaf that stacks several layers has a number for each.
-
     Args:
       grads: a tree of floating-point or complex arrays; None and ``optax.MaskedNode`` are skipped.
       layer_axes: see :func:`autoscale`.
@@ -289,10 +380,8 @@ def layer_std(
       2.1 and Figure 1.
     """
     moments = tree_moments(grads, checked_layer_axes(layer_axes), axis_name)
-    return jax.tree.map(
-        lambda leaf: jnp.squeeze(leaf.std, leaf.axes),
-        moments,
-        is_leaf=lambda node: isinstance(node, Moments),
+    return jax.tree.structure(grads).unflatten(
+        None if layer is None else jnp.squeeze(layer.std, layer.axes) for layer in moments
     )
 
 

@@ -1,0 +1,24 @@
+"""Studies of many runs: what they are made of, their records, statistics, reports and figures."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to, which replaces `path` atomically at the end.
+
+    Other processes may read or write the file meanwhile. After an error, `path` is unchanged.
+    """
+    # No other process, on any host, writes to this name.
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ A seed takes 200 steps, each with the gradients of two batches. Seeds with a rec
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,14 +25,16 @@ import tyro
 from matplotlib.figure import Figure
 
 from optax_autoscale import measure_effect
+from reproduction import replacing
 from reproduction.figures import COLORS, common_legend, figure_of
-from reproduction.records import Table, replacing
+from reproduction.records import Table
 from reproduction.report import listed, markdown, short
 from training import UserError, data, devices
 from training.data import Dataset
 from training.optimizers import METHODS, OPTIMIZERS, make_optimizer
 from training.options import Experiment, recipe
 from training.record import environment
+from training.signals import one_line_errors
 from training.step import Arrays, Data, Program, TrainState
 
 STEPS = 200
@@ -50,6 +51,7 @@ OTHERS = {
     OTHER_BATCHES: "AdamW, other batches in every step",
     OTHER_BATCH: "AdamW, another batch in this step",
 }
+KEYS = ("scale_factor", "norm_ratio", "cosine")  # of each method, from `measure_effect`
 DRAWN = ("autoscale", "scaling", "centering", "zscore")
 
 
@@ -79,8 +81,8 @@ class Trajectory(NamedTuple):
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=Options.__doc__)
-    try:
+    options = tyro.cli(Options)
+    with one_line_errors("effect.py"):
         if not options.report:
             devices.prepare(EXPERIMENT.batch_size)
             dataset = data.load(EXPERIMENT.dataset, options.data_dir)
@@ -88,8 +90,6 @@ def main() -> None:
                 experiment = dataclasses.replace(EXPERIMENT, seed=seed)
                 record(experiment, dataset, STEPS, options.results / f"seed{seed}.jsonl")
         write_report(options.results)
-    except (ValueError, OSError) as error:
-        sys.exit(f"effect.py: {error}")
 
 
 def record(experiment: Experiment, dataset: Dataset, steps: int, path: Path) -> None:
@@ -137,11 +137,10 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
         method: make_optimizer(method, experiment.optimizer, schedule, decay, effect=True)
         for method in COMPARED
     } | {
-        OTHER_BATCHES: measure_effect(on_other_batches(plain), plain),
-        OTHER_BATCH: measure_effect(on_another_batch(plain), plain),
+        OTHER_BATCHES: measure_effect(on_other_batch(plain, every_step=True), plain),
+        OTHER_BATCH: measure_effect(on_other_batch(plain, every_step=False), plain),
     }
 
-    @partial(jax.jit, out_shardings=everywhere)
     def first_effects(params: Arrays) -> dict[str, Any]:
         return {name: meter.init(params) for name, meter in meters.items()}
 
@@ -161,15 +160,14 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
             name: meter.update(grads, effects[name], state.params, other_grads=others)[1]
             for name, meter in meters.items()
         }
-        keys = ("scale_factor", "norm_ratio", "cosine")
         return effects, {
             key: {name: optax.tree.get(effect, key, None) for name, effect in effects.items()}
-            for key in keys
+            for key in KEYS
         }
 
     start = time.perf_counter()
     state = program.first_state()
-    effects = first_effects(state.params)
+    effects = jax.jit(first_effects, out_shardings=everywhere)(state.params)
     for step in range(steps):
         epoch = 1 + step // program.steps_per_epoch
         order, other_order = (
@@ -189,22 +187,17 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
         }
 
 
-def on_other_batches(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` on the gradients in the extra argument `other_grads`, instead of its own."""
+def on_other_batch(
+    tx: optax.GradientTransformation, *, every_step: bool
+) -> optax.GradientTransformationExtraArgs:
+    """The step of `tx` on the gradients in the extra argument `other_grads`.
+
+    Its state results from these, too, or unless `every_step` from its own gradients.
+    """
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        del updates
-        return tx.update(extra_args["other_grads"], state, params)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
-def on_another_batch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The step of `tx` on `other_grads`, with the state that results from its own gradients."""
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        other_updates, _ = tx.update(extra_args["other_grads"], state, params)
-        return other_updates, tx.update(updates, state, params)[1]
+        step, others = tx.update(extra_args["other_grads"], state, params)
+        return step, others if every_step else tx.update(updates, state, params)[1]
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -234,8 +227,7 @@ def moving_average(values: np.ndarray, decay: float) -> np.ndarray:
 def read(path: Path) -> Trajectory:
     """The record in a file."""
     first, *lines = map(json.loads, path.read_text().splitlines())
-    keys = ("scale_factor", "norm_ratio", "cosine")
-    frames = (pd.DataFrame([line[key] for line in lines]) for key in keys)
+    frames = (pd.DataFrame([line[key] for line in lines]) for key in KEYS)
     return Trajectory(first, np.array([line["global_std"] for line in lines]), *frames)
 
 
@@ -257,22 +249,19 @@ def report(runs: Sequence[Trajectory]) -> str:
     """The report's text; the comments in it mark the parts that the guide includes."""
     rows = []
     for name in (*COMPARED, *OTHERS):
-        numbers = {
+        cosines = [run.cosine[name] for run in runs]
+        unexplained = [100 * (1 - cosine**2) for cosine in cosines]
+        row = {
+            "followed by AdamW": label(name),
             "norm ratio": over_seeds([run.norm_ratio[name] for run in runs]),
-            "cosine": over_seeds([run.cosine[name] for run in runs]),
-            "unexplained, %": over_seeds(
-                [100 * (1 - run.cosine[name] ** 2) for run in runs], digits=1
-            ),
+            "cosine": over_seeds(cosines),
+            "unexplained, %": over_seeds(unexplained, digits=1),
         }
-        rows.append({"followed by AdamW": label(name)} | numbers)
+        rows.append(row)
         if name == "scaling":
-            form = (
-                "*the same in closed form*",
-                over_seeds(list(map(expected, runs))),
-                "*1*",
-                "*0*",
-            )
-            rows.append(dict(zip(rows[-1], form, strict=True)))
+            form = over_seeds([expected(run) for run in runs])
+            cells = ("*the same in closed form*", form, "*1*", "*0*")
+            rows.append(dict(zip(row, cells, strict=True)))
     first, seeds = runs[0].description, len(runs)
     steps = first["steps"]
     start, end = (

@@ -17,20 +17,19 @@ from training.step import Program
 
 MEASURED_STEPS = 3
 
-Rates = dict[str, float]  # seconds per unit of cost, by model
+Rates = dict[tuple[str, str], float]  # seconds per unit of cost, by data set and model
 
 
 def rates_of(runs: Iterable[Run]) -> Rates:
-    """The rates of finished runs on devices like these; the median of each model."""
+    """The rates of finished runs on devices like these; of several, their median."""
     here = (jax.devices()[0].device_kind, jax.device_count())
-    rates: dict[str, list[float]] = {}
+    rates: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        description = run.description
+        it, description = run.experiment, run.description
         if run.records and (description["device"], description["device_count"]) == here:
             seconds = statistics.median(record["seconds"] for record in run.records)
-            rate = seconds * run.experiment.epochs / cost(run.experiment)
-            rates.setdefault(run.experiment.model, []).append(rate)
-    return {model: statistics.median(values) for model, values in rates.items()}
+            rates.setdefault((it.dataset, it.model), []).append(seconds * it.epochs / cost(it))
+    return {kind: statistics.median(values) for kind, values in rates.items()}
 
 
 def measured_rate(experiment: Experiment) -> float:
@@ -51,25 +50,19 @@ def measured_rate(experiment: Experiment) -> float:
     return epoch / cost(one_epoch)
 
 
-def time_left(missing: Sequence[Experiment], rates: Rates, *, measure: bool = False) -> str:
-    """The estimated time of the missing runs, in words that say what it is estimated from.
+def time_left(missing: Sequence[Experiment], rates: Rates) -> str:
+    """The estimated time of the missing runs, in words.
 
     Args:
       missing: the runs.
-      rates: those that are known. Models without one are taken to be as fast as the others, in
-        multiply-adds per second.
-      measure: whether to measure some steps of such models instead.
+      rates: those that are known; others are measured, and added.
     """
     if not missing:
         return "nothing left"
-    unknown = {each.model: each for each in missing if each.model not in rates}
-    sources = ["finished runs on such devices"] * any(each.model in rates for each in missing)
-    if measure and unknown:
-        rates = rates | {model: measured_rate(each) for model, each in unknown.items()}
-        sources.append(f"{MEASURED_STEPS} steps of {', '.join(unknown)}")
-    if not rates:
-        return "time left unknown until a run has finished"
-    other = statistics.median(rates.values())
-    seconds = sum(cost(each) * rates.get(each.model, other) for each in missing)
-    by = " and ".join(sources or ["finished runs of other models"])
-    return f"about {timedelta(seconds=round(seconds))} left, by the rate of {by}"
+    seconds = 0.0
+    for each in missing:
+        kind = (each.dataset, each.model)
+        if kind not in rates:
+            rates[kind] = measured_rate(each)
+        seconds += cost(each) * rates[kind]
+    return f"about {timedelta(seconds=round(seconds))} left"

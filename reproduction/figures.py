@@ -9,12 +9,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reproduction import replacing
 from reproduction.presets import PAPER_ACCURACY, PRESETS
-from reproduction.records import Table, by_epoch, replacing, table
+from reproduction.records import Table, by_epoch, table
 from reproduction.statistics import MARGIN, differences
 from reproduction.studies import Study, describe
 from training.plots import STYLE, plot_layers
@@ -45,6 +47,7 @@ EFFECTS = (
 
 Look = tuple[str, Any]  # color, and line as Matplotlib has it
 Groups = Sequence[tuple[Any, Table]]  # title and runs
+Paint = Callable[[Figure, Groups], None]
 
 
 def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
@@ -59,58 +62,43 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
     Returns:
       The figures with their captions, in Markdown.
     """
-    runs = runs[runs["records"].map(len) > 0]
-    looks = looks_of(runs)
-    runs = runs.assign(look=runs["arm"].map(looks))
-    done = runs[runs["state"] == "finished"]
-    traced = done[(done["method"] == "autoscale") & study.preset]
-    if (traced["dataset"] == "cifar10").any():  # as in the paper
-        traced = traced[traced["dataset"] == "cifar10"]
-    compared = done[done.groupby("group")["arm"].transform("nunique") > 1]
-    known = found[found["value"].notna()] if len(found) else found
-    dots = "; lines are means over seeds, dots the seeds."
-    pictures: list[tuple[str, Groups, Callable[[Figure, Groups], None], str, str]] = [
-        (
-            *("differences", groups(known), forests, "Differences in test accuracy"),
-            f", with 95% intervals; dots are the seeds, the band is {MARGIN:g} point on each side.",
-        ),
-        *(
-            (name, varied(done, name), partial(against, name=name), title, dots)
-            for name in ("learning_rate", "weight_decay")
-            for title in [f"Test accuracy against the {name.replace('_', ' ')}"]
-        ),
-        ("curves", groups(runs) if not study.preset else [], curves, "The runs by epoch", SEEDS),
-        (
-            *("figure1", groups(traced), layers),
-            "Standard deviation of each layer's gradient under Autoscale",
-            ", from the first layer (dark) to the last (bright); means over seeds.",
-        ),
-        (
-            *("figure2", groups(traced), dynamics),
-            "Global standard deviation of the gradients under Autoscale, and its factor",
-            SEEDS,
-        ),
-        (
-            *("figure3", groups(traced), exponents, "Factor with p = 2 and with p = 1"),
-            ", of the standard deviations measured under Autoscale" + SEEDS,
-        ),
-        (
-            *("figure4", groups(compared) if study.preset else [], gains),
-            "Test accuracy by epoch, minus the plain optimizer's",
-            SEEDS,
-        ),
-        (
-            *("effect", [each for each in groups(done) if affecting(each[1])], effects),
-            "Norm of the update relative to the plain optimizer's, in the first epoch",
-            "; means over seeds. The other methods are in the table.",
-        ),
-    ]
-    shown = []
-    for name, there, paint, title, caption in pictures:
+    shown: list[str] = []
+
+    def show(name: str, there: Groups, paint: Paint, title: str, caption: str) -> None:
         if there:
             with figure_of(folder / name, (1 + 3.2 * max(len(there), 1.5), 3)) as figure:
                 paint(figure, there)
             shown.append(f"![{title}]({name}.png)\n\n*{title}{caption}*")
+
+    runs = runs[runs["records"].map(len) > 0]
+    runs = runs.assign(look=runs["arm"].map(looks_of(runs)))
+    done = runs[runs["state"] == "finished"]
+    known = found[found["value"].notna()] if len(found) else found
+    text = f", with 95% intervals; dots are the seeds, the band is {MARGIN:g} point on each side."
+    show("differences", groups(known), forests, "Differences in test accuracy", text)
+    for name in ("learning_rate", "weight_decay"):
+        title = f"Test accuracy against the {name.replace('_', ' ')}"
+        text = "; lines are means over seeds, dots the seeds."
+        show(name, varied(done, name), partial(against, name=name), title, text)
+    if study.preset:
+        traced = done[done["method"] == "autoscale"]
+        if (traced["dataset"] == "cifar10").any():  # as in the paper
+            traced = traced[traced["dataset"] == "cifar10"]
+        title = "Standard deviation of each layer's gradient under Autoscale"
+        text = ", from the first layer (dark) to the last (bright); means over seeds."
+        show("figure1", groups(traced), layers, title, text)
+        title = "Global standard deviation of the gradients under Autoscale, and its factor"
+        show("figure2", groups(traced), dynamics, title, SEEDS)
+        text = ", of the standard deviations measured under Autoscale" + SEEDS
+        show("figure3", groups(traced), exponents, "Factor with p = 2 and with p = 1", text)
+        compared = done[done.groupby("group")["arm"].transform("nunique") > 1]
+        title = "Test accuracy by epoch, minus the plain optimizer's"
+        show("figure4", groups(compared), gains, title, SEEDS)
+    else:
+        show("curves", groups(runs), curves, "The runs by epoch", SEEDS)
+    title = "Norm of the update relative to the plain optimizer's, in the first epoch"
+    text = "; means over seeds. The other methods are in the table."
+    show("effect", [each for each in groups(done) if affecting(each[1])], effects, title, text)
     return shown
 
 
@@ -214,11 +202,8 @@ def curves(figure: Figure, groups: Groups) -> None:
         "scale_factor": "scale factor $a_t$",
         "update_norm_ratio": "update norm, relative to plain",
     }
-    there = [
-        name
-        for name in names
-        if any(by_epoch(runs, name).notna().to_numpy().any() for _, runs in groups)
-    ]
+    all_runs = pd.concat([runs for _, runs in groups])
+    there = [name for name in names if by_epoch(all_runs, name).notna().any(axis=None)]
     figure.set_size_inches(1 + 3.2 * len(there), 0.6 + 2.4 * len(groups))
     grid = figure.subplots(len(groups), len(there), squeeze=False)
     for row, (title, runs) in zip(grid, groups, strict=True):
@@ -226,12 +211,8 @@ def curves(figure: Figure, groups: Groups) -> None:
             for arm, each in runs.groupby("arm", sort=False):
                 values = by_epoch(each, name).dropna(how="all")
                 if len(values):
-                    band(
-                        axes,
-                        values * (100 if "accuracy" in name else 1),
-                        each["look"].iloc[0],
-                        str(arm),
-                    )
+                    percent = 100 if name == "test_accuracy" else 1
+                    band(axes, percent * values, each["look"].iloc[0], str(arm))
             finish(axes, "", yscale="log" if name == "global_std" else "linear")
             axes.set_ylabel(names[name])
         row[0].set_title(title, loc="left")
@@ -242,15 +223,12 @@ def varied(runs: Table, name: str) -> Groups:
     """The runs among which an option has several values, by title."""
     other = "weight_decay" if name == "learning_rate" else "learning_rate"
     found = []
-    for (repeat, *_), each in runs.groupby(
-        ["repeat", "dataset", "optimizer", "model", "epochs", other], sort=False
-    ):
+    keys = ["repeat", "dataset", "optimizer", "model", "epochs", other]
+    for (repeat, *_), each in runs.groupby(keys, sort=False):
         if each[name].nunique() > 1:
             it = each["experiment"].iloc[0]
-            words = [describe(it, key) for key in ("dataset", "optimizer", other)]
-            found.append(
-                (", ".join([describe(it, "model"), *words, *[repeat] * bool(repeat)]), each)
-            )
+            words = [describe(it, key) for key in ("model", "dataset", "optimizer", other)]
+            found.append((", ".join(filter(None, [*words, repeat])), each))
     return found
 
 

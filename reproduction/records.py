@@ -1,44 +1,58 @@
 """The records of finished runs: one file for each, and one table of all that a study has."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shlex
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from models import MODELS
+from reproduction import replacing
 from reproduction.studies import Study, same_results
 from training import UserError, options
 from training.optimizers import METHODS, OPTIMIZERS
-from training.options import Experiment, experiment_of, option, recipe
-from training.record import READABLE, Record, RecordError, parse_records, read_records
+from training.options import Experiment, option, recipe
+from training.record import READABLE, Record, RecordError, explain, parse_records, read_records
 
 # A data frame of pandas, or a row of one, whose contents no type checker knows.
 Table: TypeAlias = Any
 
-# The first line of a record file.
-DESCRIPTION = (
-    *("schema", "config", "command", "num_classes", "channels"),
-    *("versions", "device", "device_count", "commit", "diverged"),
-)
+
+class Description(TypedDict):
+    """The first line of a record file."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    schema: Literal[READABLE]  # pyright: ignore[reportInvalidTypeForm]
+    config: Experiment
+    command: str  # that makes the run again
+    num_classes: int
+    channels: int
+    versions: dict[str, str]
+    device: str
+    device_count: int
+    commit: str | None
+    diverged: str | None  # why the run stopped before its last epoch, if it did
+
+
+_DESCRIPTION = TypeAdapter(Description)
 
 
 class Run(NamedTuple):
     """A run with its records."""
 
     experiment: Experiment
-    description: Mapping[str, Any]  # command, versions, device, commit; what made it diverge, if so
+    description: Mapping[str, Any]  # a `Description`
     records: list[Record]
 
 
-def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> Run:
+def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | None) -> None:
     """Writes a finished run's record file: a line that describes it, then its epochs.
 
     Args:
@@ -46,9 +60,6 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
       folder: the run's folder.
       path: the file; its name is the run's.
       diverged: why the run stopped before its last epoch, if it did.
-
-    Returns:
-      The run, as `read_run` reads it from the file.
 
     Raises:
       RecordError: if the folder lacks the records of some epochs; then nothing is written.
@@ -72,12 +83,9 @@ def publish(experiment: Experiment, folder: Path, path: Path, diverged: str | No
             f"{folder / 'metrics.jsonl'} has {len(records)} of {experiment.epochs} epochs; "
             f"remove {folder} to rerun"
         )
-    lines = [json.dumps(line) for line in (description, *records)]
-    run = _parse(lines, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
-        part.write_text("".join(line + "\n" for line in lines))
-    return run
+        part.write_text("".join(json.dumps(line) + "\n" for line in (description, *records)))
 
 
 def read_run(path: Path) -> Run:
@@ -87,12 +95,23 @@ def read_run(path: Path) -> Run:
       RecordError: if the file is not such a record, or is named after another run.
     """
     try:
-        run = _parse(path.read_bytes().splitlines(), path)
+        lines = path.read_bytes().splitlines() or [b""]
+        description: Any = _DESCRIPTION.validate_json(lines[0])
+        experiment, records = description.pop("config"), parse_records(lines[1:], path)
+        missed = experiment.epochs - len(records)
+        if missed < 0 or (missed > 0 and not description["diverged"]):
+            raise RecordError(f"{path} has {len(records)} of {experiment.epochs} epochs")
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    if path.stem != run.experiment.name:
-        raise RecordError(f"{path} is the record of {run.experiment.name}; move it away")
-    return run
+    except ValidationError as error:
+        raise RecordError(
+            f"{path} is not the record of a run: {explain(error)}; delete it to rerun"
+        ) from error
+    except RecordError as error:
+        raise RecordError(f"{error}; delete it to rerun") from error
+    if path.stem != experiment.name:
+        raise RecordError(f"{path} is the record of {experiment.name}; move it away")
+    return Run(experiment, description, records)
 
 
 def read(folder: Path) -> dict[str, Run]:
@@ -102,32 +121,6 @@ def read(folder: Path) -> dict[str, Run]:
       RecordError: if a file is not the record of a run.
     """
     return {path.stem: read_run(path) for path in sorted(folder.glob("*.jsonl"))}
-
-
-def _parse(lines: Sequence[str | bytes], path: Path) -> Run:
-    """A finished run, from the lines of its record file `path`; raises RecordError."""
-    try:
-        if not lines:
-            raise ValueError("it is empty")
-        description = json.loads(lines[0])
-        if not isinstance(description, dict):
-            raise ValueError("its first line does not describe one")
-        if (schema := description.get("schema", 1)) not in READABLE:
-            raise ValueError(f"its schema is {schema}, and {READABLE} can be read")
-        if missing := [key for key in DESCRIPTION if key not in description]:
-            raise ValueError(f"missing: {', '.join(missing)}")
-        experiment = experiment_of(description.pop("config"))
-        records = parse_records(lines[1:], path)
-        missed = experiment.epochs - len(records)
-        if missed < 0 or (missed > 0 and not description["diverged"]):
-            raise ValueError(f"it has {len(records)} of {experiment.epochs} epochs")
-        return Run(experiment, description, records)
-    except RecordError as error:
-        raise RecordError(f"{error}; delete it to rerun") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RecordError(
-            f"{path} is not the record of a run: {error}; delete it to rerun"
-        ) from error
 
 
 def read_folder(path: Path) -> Run:
@@ -208,17 +201,19 @@ def table(study: Study, folder: Path) -> Table:
                 entries.append((experiment, run, repeat, True))
             entries += [(run.experiment, run, repeat, False) for run in found.values()]
     rows = [_row(study, *entry) for entry in entries]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    optimizers, models, methods = list(OPTIMIZERS), list(MODELS), list(METHODS)
+    order: dict[Any, list[str]] = {
+        "optimizer": list(OPTIMIZERS),
+        "model": list(MODELS),
+        "method": list(METHODS),
+    }
+    order["arm"] = list(dict.fromkeys(row["arm"] for row in rows))
     numbers = [key for key in ("learning_rate", "weight_decay") if key in study.groups]
-
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        it = row["experiment"]
-        group = (row["dataset"], optimizers.index(it.optimizer), models.index(it.model))
-        arm = (methods.index(it.method), arms.index(row["arm"]))
-        return (row["repeat"], *group, *(row[key] for key in numbers), *arm, it.seed)
-
-    runs: Table = pd.DataFrame(sorted(rows, key=place))
+    runs: Table = pd.DataFrame(rows).sort_values(
+        ["repeat", "dataset", "optimizer", "model", *numbers, "method", "arm", "seed"],
+        key=lambda column: column.map(order[column.name].index) if column.name in order else column,
+        kind="stable",
+        ignore_index=True,
+    )
     if runs["repeat"].nunique() > 1:
         for _, there in runs.groupby("repeat"):
             devices = sorted(there["device"].dropna().unique())
@@ -253,20 +248,3 @@ def by_epoch(runs: Table, name: str) -> Table:
     """A recorded number: a row for each run, a column for each epoch from 1."""
     rows = [{record["epoch"]: record[name] for record in records} for records in runs["records"]]
     return pd.DataFrame(rows, index=runs["seed"], dtype=float).sort_index(axis=1)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to, which replaces `path` atomically at the end.
-
-    Other processes may read or write the file meanwhile. After an error, `path` is unchanged.
-    """
-    # No other process, on any host, writes to this name.
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

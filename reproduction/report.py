@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from reproduction import figures
+from reproduction import figures, replacing
 from reproduction.presets import PAPER_ACCURACY
-from reproduction.records import Table, by_epoch, replacing, table
+from reproduction.records import Table, by_epoch, table
 from reproduction.statistics import ALPHA, MARGIN, POWER, TESTED, differences, mean_interval
 from reproduction.studies import Study
 from training import UserError
@@ -93,14 +93,9 @@ def summary(study: Study, runs: Table, folder: Path) -> str:
         commands.insert(0, f"python reproduce.py {options}  # run what is missing")
     if study.preset and study.name != "paper":
         commands.append("python reproduce.py --preset paper  # the paper's own scale")
-    return "\n\n".join(
-        [
-            f"Scale: {study.scale}.",
-            "\n".join(f"- {line}" for line in sorted(recipes)),
-            markdown(rows),
-            "\n".join(["```sh", *commands, "```"]),
-        ]
-    )
+    lines = "\n".join(f"- {line}" for line in sorted(recipes))
+    block = "\n".join(["```sh", *commands, "```"])
+    return "\n\n".join([f"Scale: {study.scale}.", lines, markdown(rows), block])
 
 
 def runs_section(runs: Table) -> str:
@@ -151,12 +146,10 @@ def accuracy_section(study: Study, runs: Table) -> str:
         ]
         parts.append(f"**{title}**\n\n{markdown(rows)}")
     if len(diverged := runs[runs["state"] == "diverged"]):
-        parts += ["Diverged, and not in these means:"]
-        parts += [
-            f"- {run['group']}, {run['arm']}, seed {run['seed']}: "
-            f"{run['diverged'].partition(';')[0]}"
-            for _, run in diverged.iterrows()
-        ]
+        parts.append("Diverged, and not in these means:")
+        for _, run in diverged.iterrows():
+            why = run["diverged"].partition(";")[0]
+            parts.append(f"- {run['group']}, {run['arm']}, seed {run['seed']}: {why}")
     return "\n\n".join(parts)
 
 
@@ -200,15 +193,14 @@ def difference_section(study: Study, found: Table) -> str:
     for (title, kind), family in found.groupby(["family", "kind"], sort=False):
         size = int(family["size"].iloc[0])
         parts.append(f"### {title}")
-        parts.append(
-            {
-                "primary": f"One test, at {ALPHA:g}.",
-                "family": f"One family of {count(size, 'test')}, with Holm's correction; in bold "
-                f"where p is below {ALPHA:g}.",
-                "descriptive": "Descriptive, not tested.",
-                "exploratory": "Exploratory: neither planned nor tested.",
-            }[str(kind)]
-        )
+        words = {
+            "primary": f"One test, at {ALPHA:g}.",
+            "family": f"One family of {count(size, 'test')}, with Holm's correction; in bold where "
+            f"p is below {ALPHA:g}.",
+            "descriptive": "Descriptive, not tested.",
+            "exploratory": "Exploratory: neither planned nor tested.",
+        }
+        parts.append(words[str(kind)])
         for group, rows in family.groupby("group", sort=False):
             parts.append(f"**{group}**")
             missing = int(rows["missing"].max())

@@ -2,18 +2,27 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from models import MODELS
+from reproduction import replacing
 from training import UserError
 from training.data import DATASETS
 from training.optimizers import OPTIMIZERS, method_label
-from training.options import Experiment, experiment_of, option
+from training.options import (
+    Experiment,
+    MethodName,
+    ModelName,
+    OptimizerName,
+    experiment_of,
+    option,
+)
+from training.record import explain
 
 FILE = "study.json"  # the options of a study of one's own
 
@@ -79,15 +88,17 @@ def describe(experiment: Experiment, name: str) -> str:
     'learning rate 0.004'
     """
     it, value = experiment, getattr(experiment, name)
-    labels: dict[str, Callable[[], str]] = {
-        "dataset": lambda: DATASETS[it.dataset].label,
-        "model": lambda: MODELS[it.model].label,
-        "optimizer": lambda: OPTIMIZERS[it.optimizer].label,
-        "method": lambda: method_label(it.method, it.optimizer),
-        "tag": lambda: it.tag.replace("penalty", "penalty x"),
-    }
-    if name in labels:
-        return labels[name]()
+    match name:
+        case "dataset":
+            return DATASETS[value].label
+        case "model":
+            return MODELS[value].label
+        case "optimizer":
+            return OPTIMIZERS[value].label
+        case "method":
+            return method_label(value, it.optimizer)
+        case "tag":
+            return value.replace("penalty", "penalty x")
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{name.replace('_', ' ')} {text}"
 
@@ -96,11 +107,13 @@ def describe(experiment: Experiment, name: str) -> str:
 class Axes:
     """Options that take several values; every combination of them is a run."""
 
-    methods: Annotated[tuple[str, ...], NO_HINT] = ()
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    methods: Annotated[tuple[MethodName, ...], NO_HINT] = ()
     """Gradient methods (default: none, and --method)."""
-    models: Annotated[tuple[str, ...], NO_HINT] = ()
+    models: Annotated[tuple[ModelName, ...], NO_HINT] = ()
     """Networks (default: --model)."""
-    optimizers: Annotated[tuple[str, ...], NO_HINT] = ()
+    optimizers: Annotated[tuple[OptimizerName, ...], NO_HINT] = ()
     """Optimizers (default: --optimizer)."""
     learning_rates: Annotated[tuple[float, ...], NO_HINT] = ()
     """Learning rates (default: --learning-rate; for several --optimizers the default of each)."""
@@ -128,8 +141,7 @@ class Axes:
 
 def usual_rate(experiment: Experiment, optimizer: str) -> float:
     """The learning rate of an experiment, or with another optimizer that one's default."""
-    other = experiment_of(dataclasses.asdict(experiment) | {"optimizer": optimizer})  # if there is
-    same = other == experiment
+    same = optimizer == experiment.optimizer
     return experiment.learning_rate if same else OPTIMIZERS[optimizer].learning_rate
 
 
@@ -148,19 +160,15 @@ def grid(experiment: Experiment, axes: Axes) -> tuple[Experiment, ...]:
     for model, optimizer, decay, method in itertools.product(
         axes.models, axes.optimizers, axes.weight_decays, axes.methods
     ):
-        # Names are checked before they are looked up.
-        chosen = experiment_of(
-            dataclasses.asdict(it)
-            | {"method": method, "model": model, "optimizer": optimizer, "weight_decay": decay}
-        )
         usual = usual_rate(it, optimizer)
         for rate in axes.learning_rates or (usual,):
-            parts = [it.tag, *[f"lr{rate:.12g}"] * (rate != usual)]
-            parts += [f"wd{decay:.12g}"] * (decay != it.weight_decay)
-            options = {"learning_rate": rate, "tag": "-".join(filter(None, parts))}
+            tags = [it.tag, *[f"lr{rate:.12g}"] * (rate != usual)]
+            tags += [f"wd{decay:.12g}"] * (decay != it.weight_decay)
+            options = {"method": method, "model": model, "optimizer": optimizer}
+            options |= {"learning_rate": rate, "weight_decay": decay}
+            options |= {"tag": "-".join(filter(None, tags))}
             for seed in range(it.seed, it.seed + (axes.seeds or 0)):
-                options |= {"seed": seed}
-                runs.append(experiment_of(dataclasses.asdict(chosen) | options))
+                runs.append(experiment_of(vars(it) | options | {"seed": seed}))
     return tuple(sorted(runs, key=lambda each: (cost(each), each.seed)))
 
 
@@ -182,30 +190,26 @@ def of_runs(name: str, runs: Mapping[Path, Experiment]) -> Study:
     differ in none.
     """
     its = list(runs.values())
-    fields = [field.name for field in dataclasses.fields(Experiment)]
-    apart = [
-        key
-        for key in fields
-        if key not in ("dataset", "model", "seed", "effect", "tag")
-        and len({getattr(it, key) for it in its}) > 1
-    ]
+    same = ("dataset", "model", "method", "seed", "effect", "tag")
+    apart = [key for key in vars(its[0]) if len({getattr(it, key) for it in its}) > 1]
+    arms = ["method", *(key for key in apart if key not in same)]
     if all(it.learning_rate == OPTIMIZERS[it.optimizer].learning_rate for it in its):
-        apart = [key for key in apart if key != "learning_rate"]
-    arms = ("method", *(key for key in apart if key != "method"))
-    for further in ("tag", "folder"):
-        told = {(it.dataset, it.model, it.seed, *(getattr(it, key) for key in arms)) for it in its}
-        if len(told) == len(its):
-            break
-        if further == "folder":
-            its = [
-                dataclasses.replace(it, tag=str(path)) for path, it in zip(runs, its, strict=True)
-            ]
-        arms = (*dict.fromkeys((*arms, "tag")),)
+        arms = [key for key in arms if key != "learning_rate"]  # which the optimizer implies
+
+    def told_apart() -> bool:
+        keys = ("dataset", "model", "seed", *arms)
+        return len({tuple(getattr(it, key) for key in keys) for it in its}) == len(its)
+
+    if not told_apart():
+        arms.append("tag")
+    if not told_apart():
+        its = [dataclasses.replace(it, tag=str(path)) for path, it in zip(runs, its, strict=True)]
     groups = ("dataset", *(["optimizer"] if "optimizer" not in arms else []), "model")
-    return Study(name, name, tuple(its), "the runs' own", groups, arms, runs=tuple(runs))
+    return Study(name, name, tuple(its), "the runs' own", groups, tuple(arms), runs=tuple(runs))
 
 
-class Begun(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Begun:
     """The options of a study of one's own, as its folder keeps them."""
 
     experiment: Experiment
@@ -213,14 +217,14 @@ class Begun(NamedTuple):
     runs: tuple[Path, ...]  # of train.py, in place of a grid
 
 
+_BEGUN = TypeAdapter(Begun)
+
+
 def save(folder: Path, begun: Begun) -> None:
     """Writes the options of a study into its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    experiment, axes, runs = begun
-    options = {"experiment": vars(experiment), "axes": vars(axes), "runs": list(map(str, runs))}
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(options, indent=2) + "\n")
-    part.replace(folder / FILE)
+    with replacing(folder / FILE) as part:
+        part.write_bytes(_BEGUN.dump_json(begun, indent=2) + b"\n")
 
 
 def load(folder: Path) -> Begun | None:
@@ -233,16 +237,10 @@ def load(folder: Path) -> Begun | None:
     if not path.exists():
         return None
     try:
-        options = json.loads(path.read_text())
-        values = options["axes"].items()
-        axes: dict[str, Any] = {
-            name: tuple(each) if isinstance(each, list) else each for name, each in values
-        }
-        runs = tuple(map(Path, options["runs"]))
-        return Begun(experiment_of(options["experiment"]), Axes(**axes), runs)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _BEGUN.validate_json(path.read_bytes())
+    except ValidationError as error:
         raise UserError(
-            f"{path} is damaged: {error}; put back a copy of it, or give another --name"
+            f"{path} is damaged: {explain(error)}; put back a copy of it, or give another --name"
         ) from error
 
 

@@ -19,20 +19,9 @@ ROOT = Path(__file__).parents[1]
 VERSION = optax_autoscale.__version__
 NAME = f"optax_autoscale-{VERSION}"
 
-LIBRARY = {
-    "optax_autoscale/__init__.py",
-    "optax_autoscale/__main__.py",
-    "optax_autoscale/_autoscale.py",
-    "optax_autoscale/_effect.py",
-    "optax_autoscale/_moments.py",
-    "optax_autoscale/_baselines.py",
-    "optax_autoscale/py.typed",
-}
+LIBRARY = {f"optax_autoscale/{path.name}" for path in ROOT.glob("optax_autoscale/*.*")}
 METADATA = {
-    f"{NAME}.dist-info/METADATA",
-    f"{NAME}.dist-info/RECORD",
-    f"{NAME}.dist-info/WHEEL",
-    f"{NAME}.dist-info/licenses/LICENSE",
+    f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")
 }
 SOURCE = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
 
@@ -52,38 +41,30 @@ def wheel(dist):
     return dist / f"{NAME}-py3-none-any.whl"
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("installed")
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
-
-
 def test_wheel_has_the_library_alone(wheel):
+    assert "optax_autoscale/py.typed" in LIBRARY
     assert set(zipfile.ZipFile(wheel).namelist()) == LIBRARY | METADATA
 
 
 def test_sdist_has_what_the_wheel_is_built_from(dist, wheel, tmp_path, monkeypatch):
     with tarfile.open(dist / f"{NAME}.tar.gz") as sdist:
         assert set(sdist.getnames()) == {f"{NAME}/{name}" for name in LIBRARY | SOURCE}
-        for member in sdist:
-            path = tmp_path / member.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = sdist.extractfile(member)
-            assert file is not None
-            path.write_bytes(file.read())
+        sdist.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path / NAME)
     again = tmp_path / hatchling.build.build_wheel(str(tmp_path))
     assert again.read_bytes() == wheel.read_bytes()
 
 
-def test_it_needs_jax_and_optax_alone(installed):
-    required = Distribution.at(installed / f"{NAME}.dist-info").requires or []
+def test_it_needs_jax_and_optax_alone(wheel, tmp_path):
+    """By its metadata, and by what its import adds to theirs; and it imports public names only."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    required = Distribution.at(tmp_path / f"{NAME}.dist-info").requires or []
     names = [re.split(r"\W", line)[0] for line in required if "extra ==" not in line]
     assert names == ["jax", "optax"]
-
-
-def test_import_adds_nothing_to_that_of_jax_and_optax(installed):
+    for path in tmp_path.glob("optax_autoscale/*.py"):
+        imports = re.findall(r"^ *(?:from|import) .*", path.read_text(), re.MULTILINE)
+        private = [line for line in imports if re.search(r"[ .]_", line)]
+        assert all("optax_autoscale" in line or "as _" in line for line in private), private
     code = """if True:
         import sys
         import jax, optax
@@ -94,14 +75,14 @@ def test_import_adds_nothing_to_that_of_jax_and_optax(installed):
     """
     process = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=installed,
-        env=os.environ | {"PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
     file, modules = process.stdout.splitlines()
-    assert Path(file).parent == installed / "optax_autoscale"
+    assert Path(file).parent == tmp_path / "optax_autoscale"
     assert eval(modules) - sys.stdlib_module_names == {"optax_autoscale"}
 
 

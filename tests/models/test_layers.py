@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import resnet8, vgg_tiny
-from models.convolution import conv_general_dilated
+from models.layers import conv_general_dilated
 
 
 def normal(rng, shape, dtype=np.float32):
@@ -33,7 +33,9 @@ def gradients(make):
     return jax.tree.leaves((logits, grads, nnx.state(model, nnx.BatchStat)))
 
 
-@pytest.mark.parametrize("make", [resnet8, vgg_tiny])
+@pytest.mark.parametrize(
+    "make", [resnet8, partial(resnet8, widths=(4, 8), shortcut="projection"), vgg_tiny]
+)
 def test_a_step_equals_that_of_plain_flax(make, monkeypatch):
     ours = gradients(make)
     monkeypatch.setattr("models.layers.conv_general_dilated", jax.lax.conv_general_dilated)

@@ -1,5 +1,4 @@
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ import pytest
 from flax import nnx
 
 from models import vit, vit_tiny
-from optax_autoscale import layer_std
+from optax_autoscale import layers
 
 
 def layer_norm(params, x):
@@ -56,34 +55,15 @@ def abstract(build, **options):
     return nnx.eval_shape(lambda: build(num_classes=3, **options, rngs=nnx.Rngs(0)))
 
 
-def test_values_and_gradients_are_those_of_the_papers():
+def test_values_are_those_of_the_papers():
     graph, state = nnx.split(abstract(vit_tiny))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape)), state)
     images = rng.normal(size=(2, 8, 12, 3))
 
-    @jax.jit
-    @partial(jax.grad, has_aux=True)
-    def run(state):
-        logits = nnx.merge(graph, state)(jnp.float32(images))
-        return jnp.sum(logits**2), logits
-
+    logits = jax.jit(lambda state: nnx.merge(graph, state)(jnp.float32(images)))(state)
     params = jax.tree.map(np.float64, nnx.to_pure_dict(state))
-    grads, logits = run(state)
     np.testing.assert_allclose(logits, reference(params, images), rtol=1e-4, atol=1e-5)
-
-    grads = nnx.to_pure_dict(grads)
-    for path in (("stem", "kernel"), ("blocks", 0, "attention", "qkv", 1, "kernel")):
-        grad, leaf = grads, params
-        for key in path:
-            grad, leaf = grad[key], leaf[key]
-        index, h = (1, 2), 1e-5
-        leaf[index] += h
-        above = np.sum(reference(params, images) ** 2)
-        leaf[index] -= 2 * h
-        below = np.sum(reference(params, images) ** 2)
-        leaf[index] += h
-        np.testing.assert_allclose(grad[index], (above - below) / (2 * h), rtol=1e-3)
 
 
 def test_the_size_is_that_of_its_matrices():
@@ -94,15 +74,13 @@ def test_the_size_is_that_of_its_matrices():
 
 
 def test_only_matrices_are_layers():
-    stds = jax.eval_shape(layer_std, nnx.state(abstract(vit_tiny), nnx.Param))
-    layers, _ = jax.tree_util.tree_flatten_with_path(stds)
-    assert {path[-2].key for path, _ in layers} == {"kernel"}
-    assert len(layers) == 2 + 2 * 6
+    names = list(layers(nnx.state(abstract(vit_tiny), nnx.Param)))
+    assert all(name.endswith("/kernel") for name in names)
+    assert len(names) == 2 + 2 * 6
 
 
 def test_computes_in_bfloat16_and_answers_in_float32():
     graph, state = nnx.split(abstract(vit_tiny, dtype=jnp.bfloat16))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
     program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(
         state, jnp.ones((2, 16, 16, 3))
     )

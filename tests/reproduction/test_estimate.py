@@ -31,26 +31,26 @@ def test_the_rate_is_the_median_of_finished_runs_on_such_devices():
         Run(EXPERIMENT, HERE, []),
     ]
     rates = estimate.rates_of(runs)
-    assert rates["resnet20"] == pytest.approx(7.0 * 10 / (10 * 1437 * 0.25 * 40.6))
-    assert rates.keys() == {"resnet20", "vit"}
+    rate = 7.0 * 10 / (10 * 1437 * 0.25 * 40.6)
+    assert rates.keys() == {("digits", "resnet20"), ("digits", "vit")}
+    assert rates["digits", "resnet20"] == pytest.approx(rate)
     left = [EXPERIMENT, dataclasses.replace(EXPERIMENT, epochs=30), slow]
-    text = estimate.time_left(left, rates)
-    assert text == "about 0:09:40 left, by the rate of finished runs on such devices"
-
-
-def test_an_unknown_model_is_as_fast_as_the_others_or_measured(monkeypatch):
-    deep = dataclasses.replace(EXPERIMENT, model="resnet56")  # 125.5 million multiply-adds
-    rates = estimate.rates_of([run_of(6.0)])
-    assert estimate.time_left([deep], rates).startswith("about 0:03:05 left, ")
-    monkeypatch.setattr(estimate, "measured_rate", lambda it: 100 / studies.cost(it))
-    assert estimate.time_left([EXPERIMENT, deep], rates, measure=True) == (
-        "about 0:02:40 left, by the rate of finished runs on such devices and 3 steps of resnet56"
-    )
-    assert estimate.time_left([deep], {}, measure=True) == (
-        "about 0:01:40 left, by the rate of 3 steps of resnet56"
-    )
-    assert estimate.time_left([deep], {}) == "time left unknown until a run has finished"
+    assert estimate.time_left(left, rates) == "about 0:09:40 left"
     assert estimate.time_left([], rates) == "nothing left"
+
+
+def test_an_unknown_model_is_measured_once(monkeypatch):
+    deep = dataclasses.replace(EXPERIMENT, model="resnet56")
+    rates, measured = estimate.rates_of([run_of(6.0)]), []
+
+    def measured_rate(experiment: Experiment) -> float:
+        measured.append(experiment.model)
+        return 100 / studies.cost(experiment)
+
+    monkeypatch.setattr(estimate, "measured_rate", measured_rate)
+    for _ in range(2):
+        assert estimate.time_left([EXPERIMENT, deep, deep], rates) == "about 0:04:20 left"
+    assert measured == ["resnet56"]
 
 
 def test_a_measured_step_stands_for_all_steps_of_the_runs(monkeypatch, capsys):

@@ -62,10 +62,6 @@ def test_two_arms_are_compared_by_the_paired_test(tmp_path):
     found = row(section(text, "Every method against"), "Autoscale minus AdamW")
     assert (found["difference (95% interval)"], found["p"]) == ("+1.00 (-5.57 to +7.57)", "0.580")
     assert found["TOST p"] == "0.500"  # at its edge
-    # The power of the paired test at that difference, by simulation.
-    rng = np.random.default_rng(0)
-    simulated = rng.normal(float(found["detectable"]), 7**0.5, (3, 20_000))
-    assert (stats.ttest_1samp(simulated, 0).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
     assert "Autoscale against every other method" not in text  # there is no other one
     assert row(text, "2 x cpu")["commit"] == "f2f4ca1"
 

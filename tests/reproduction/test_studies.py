@@ -49,17 +49,9 @@ def test_each_of_several_optimizers_has_its_default_learning_rate_or_all_of_thos
     }
 
 
-@pytest.mark.parametrize(
-    ("axes", "message"),
-    [
-        (Axes(methods=("autoscal",)), "'autoscal'; did you mean 'autoscale'"),
-        (Axes(models=("resnet",)), "'resnet'; did you mean"),
-        (Axes(optimizers=("adan",)), "'adan'; did you mean"),
-        (Axes(learning_rates=(-1.0,)), "learning-rate is -1.0"),
-        (Axes(weight_decays=(-1.0,)), "weight-decay is -1.0"),
-    ],
-)
-def test_an_impossible_value_is_named_with_the_remedy(axes, message):
+@pytest.mark.parametrize("axes", [Axes(learning_rates=(-1.0,)), Axes(weight_decays=(-1.0,))])
+def test_an_impossible_value_is_named_with_the_remedy(axes):
+    message = r"(learning_rate|weight_decay) is -1\.0; it should be greater than or equal to"
     with pytest.raises(ValueError, match=message):
         grid(DIGITS, axes)
 
