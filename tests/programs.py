@@ -55,6 +55,8 @@ def shrunk(number: int = 1) -> Iterator[None]:
         for name, value in kept.items():
             jax.config.update(f"jax_{name}", value)
             stack.callback(jax.config.update, f"jax_{name}", before[name])
+        jax.config.update("jax_disable_most_optimizations", number > 0)  # they take longer
+        stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
         yield
 
 

@@ -39,6 +39,7 @@ from training.run_folder import finished_records, lock
 pytestmark = pytest.mark.slow
 
 OFTEN = ("--checkpoint-minutes", "0.0005")
+SIMPLE = tuple(arg for arg in ARGS if arg != "--effect")  # which takes longer to compile
 
 
 @pytest.fixture(autouse=True)
@@ -209,11 +210,8 @@ def test_config_json_repeats_the_run(reference, tmp_path):
 def test_a_damaged_checkpoint_is_passed_over(reference, tmp_path, capsys):
     out = tmp_path / "run"
     main(*ARGS, "--epochs", "2", "--out", out)
-    newest = out / "checkpoints" / str(2 * STEPS)
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    manifest = out / "checkpoints" / str(2 * STEPS) / "state" / "manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:-1])
     main("--resume", "--epochs", "3", "--out", out)
     assert f"the checkpoint after step {2 * STEPS} is damaged" in capsys.readouterr().out
     assert_same_run(out, reference)
@@ -342,7 +340,7 @@ def start_pair(out: Path, *args: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-    args = (*ARGS, *args, "--coordinator", address, "--num-processes", "2", "--process-id")
+    args = (*SIMPLE, *args, "--coordinator", address, "--num-processes", "2", "--process-id")
     return [start(*args, str(number), "--out", out, number=2) for number in range(2)]
 
 
@@ -379,5 +377,5 @@ def test_two_processes_equal_one_with_two_devices(tmp_path):
     assert finish(pair[0])[1] == ""
     assert finish(pair[1])[1] == "train.py, process 1 of 2: process 0 shows the progress\n"
     finish(start("--resume", "--epochs", "5", "--out", out, number=2))
-    finish(start(*ARGS, "--epochs", "5", "--out", alone, number=2))
+    finish(start(*SIMPLE, "--epochs", "5", "--out", alone, number=2))
     assert_same_run(out, alone)
