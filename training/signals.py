@@ -140,8 +140,9 @@ def one_line_errors(program: str, *, debug: bool = False, advice: str = "") -> I
         if isinstance(error, UserError | OSError):
             sys.exit(f"{program}: {error}")
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             sys.exit(
-                f"{program}: out of memory ({str(error).splitlines()[0][:200]}); a smaller "
+                f"{program}: out of memory ({reason}); a smaller "
                 "--batch-size, --precision bfloat16 or, on several devices, --fsdp needs less. "
                 "A run that has a checkpoint can be resumed"
             )

@@ -88,3 +88,26 @@ def test_all_processes_fail_together(monkeypatch, capsys):
     monkeypatch.setattr(devices.multihost_utils, "broadcast_one_to_all", lambda failed: True)
     with pytest.raises(OSError, match="process 0 could not start the run"):
         devices.on_first_process(lambda: 3)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS=cuda. Unset that"),
+        ("JAX_PLATFORMS", "gqu", "JAX_PLATFORMS=gqu. Unset that"),
+        ("JAX_NUM_CPU_DEVICES", "0", "JAX_NUM_CPU_DEVICES=0. Unset that"),
+        ("JAX_ENABLE_X64", "1", "unset it"),
+    ],
+)
+def test_what_jax_cannot_use_is_one_line_with_the_remedy(variable, value, remedy, tmp_path):
+    command = [sys.executable, "train.py", "--out", str(tmp_path / "run")]
+    environment = os.environ | {variable: value}
+    root = Path(devices.__file__).parents[1]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("train.py: ")
+    assert done.stderr.count("\n") == 1
+    assert remedy in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """When a run writes a checkpoint and stops, and that it outlives whoever reads its output."""
 
+import logging
 import os
 import pty
 import signal
@@ -150,3 +151,33 @@ def test_a_closed_stream_and_characters_that_the_encoding_lacks():
     process = child(code, stderr=subprocess.PIPE, env=environment)
     assert process.communicate(timeout=60)[1] == b"\\udce9 \\xe9\n"
     assert process.returncode == 0
+
+
+@pytest.fixture
+def _restored(monkeypatch):
+    """What `one_line_errors` changes for the whole program."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("_restored")
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 8 bytes.")],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_one_line_with_what_needs_less(error):
+    says = pytest.raises(SystemExit, match=r"^a\.py: out of memory .*--batch-size")
+    with says as ended, signals.one_line_errors("a.py"):
+        raise error
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.usefixtures("_restored")
+def test_an_error_of_our_own_keeps_its_traceback_and_asks_for_a_report():
+    with pytest.raises(KeyError) as ended, signals.one_line_errors("a.py"):
+        raise KeyError("ours")
+    assert "report it" in ended.value.__notes__[0]
