@@ -1,4 +1,4 @@
-"""The layer that ResNet and VGG share, a convolution followed by batch normalization.
+"""The layer that ResNet and VGG share, a convolution and its batch normalization.
 
 Convolutions have the form that XLA's CPU backend runs fastest; other devices use the plain one.
 """
@@ -59,6 +59,7 @@ class ConvNorm(nnx.Module):
       size: height and width of the kernel.
       stride: distance between two outputs, in pixels.
       use_bias: whether the convolution has a bias.
+      batch_norm: whether batch normalization follows.
       kernel_init: initializer of the kernel, of shape `(size, size, in_features, out_features)`.
       dtype: dtype of the convolution and of the result.
       rngs: source of the initial parameters.
@@ -72,6 +73,7 @@ class ConvNorm(nnx.Module):
         size: int = 3,
         stride: int = 1,
         use_bias: bool = False,
+        batch_norm: bool = True,
         kernel_init: Initializer,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -88,10 +90,12 @@ class ConvNorm(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = BatchNorm(out_features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        norm = partial(BatchNorm, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.norm = norm(out_features) if batch_norm else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.conv(x))
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x)
 
 
 def _materialized(x: jax.Array, witness: jax.Array) -> jax.Array:

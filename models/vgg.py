@@ -1,4 +1,4 @@
-"""VGG with batch normalization, for CIFAR: Simonyan and Zisserman 2015, Table 1."""
+"""VGG with and without batch normalization, for CIFAR: Simonyan and Zisserman 2015, Table 1."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,11 +18,11 @@ kaiming_fan_out = variance_scaling(2.0, "fan_out", "normal")
 class VGG(nnx.Module):
     """A plain convolutional network: stages of 3x3 convolutions with a max-pool between them.
 
-    Every convolution has a bias and is followed by batch normalization. After the last stage come
-    the mean over all pixels and one linear classifier, in place of the paper's last max-pool and
-    three linear layers. There is no dropout. Kernels start from a normal distribution of variance
-    `2 / fan_out` (He et al. 2015, section 2.2), the classifier from one of standard deviation 0.01,
-    biases from zero.
+    Every convolution has a bias; batch normalization follows unless `batch_norm` is false. After
+    the last stage come the mean over all pixels and one linear classifier, in place of the paper's
+    last max-pool and three linear layers. There is no dropout. Kernels start from a normal
+    distribution of variance `2 / fan_out` (He et al. 2015, section 2.2), the classifier from one of
+    standard deviation 0.01, biases from zero.
 
     Call it on images of shape `(batch, height, width, channels)`; the logits have shape
     `(batch, num_classes)`. `model.train()` normalizes by the batch and updates the running
@@ -32,13 +32,14 @@ class VGG(nnx.Module):
       stages: number of channels of every convolution, stage by stage.
       num_classes: number of logits.
       channels: number of channels of the images.
+      batch_norm: whether batch normalization follows each convolution.
       dtype: dtype of the computation, such as `jnp.bfloat16`. Parameters, batch statistics, the
         classifier and its logits are always float32.
       rngs: source of the initial parameters.
 
     Raises:
       ValueError: when called on images that are too small for the max-pools: height and width
-        must be at least `2 ** (len(stages) - 1)`, 16 for `vgg16_bn`.
+        must be at least `2 ** (len(stages) - 1)`, 16 for `vgg11` and `vgg16_bn`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,10 +62,18 @@ class VGG(nnx.Module):
         stages: Sequence[Sequence[int]],
         num_classes: int,
         channels: int = 3,
+        batch_norm: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        conv = partial(ConvNorm, use_bias=True, kernel_init=kaiming_fan_out, dtype=dtype, rngs=rngs)
+        conv = partial(
+            ConvNorm,
+            use_bias=True,
+            batch_norm=batch_norm,
+            kernel_init=kaiming_fan_out,
+            dtype=dtype,
+            rngs=rngs,
+        )
         features = channels
         self.stages = nnx.List()
         for widths in stages:
@@ -94,5 +103,7 @@ class VGG(nnx.Module):
 
 
 vgg_tiny = partial(VGG, stages=((4, 4), (8,), (8,)))  # for tests
-# Configuration D.
+vgg7 = partial(VGG, stages=((32,) * 2, (64,) * 2, (128,) * 2), batch_norm=False)  # for small images
+# Configuration A, and D with batch normalization.
+vgg11 = partial(VGG, stages=((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2), batch_norm=False)
 vgg16_bn = partial(VGG, stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3))
