@@ -167,7 +167,8 @@ PRESETS = {
             "digits",
             "The paper's comparison, in minutes",
             DIGITS_SCALE,
-            runs(DIGITS, 5, PAPER_METHODS, PAPER_MODELS),
+            # Not VGG-16-BN: on 16x16 images its last three convolutions see a single pixel.
+            runs(DIGITS, 5, PAPER_METHODS, ("resnet20", "resnet56")),
             fixed_before=False,
         ),
         preset(
