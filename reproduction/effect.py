@@ -1,29 +1,32 @@
 """The effect of each method on AdamW's steps, measured on the gradients of the same runs.
 
-AdamW alone trains ResNet-20 with the recipe for CIFAR-100. Every method, followed by its own AdamW,
+AdamW alone trains a network with the recipe for CIFAR-100. Every method, followed by its own AdamW,
 gets the gradients of that run, and `measure_effect` compares its updates with AdamW's.
 
     python -m reproduction.effect --data-dir ~/tensorflow_datasets
-    python -m reproduction.effect --report    # the table and the figure, from the records alone
+    python -m reproduction.effect --report    # tables and figures, from the records alone
 
 A seed takes 200 steps, each with the gradients of two batches. Seeds with a record are skipped.
 """
 
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
+from models import MODELS
 from optax_autoscale import measure_effect
 from reproduction import replacing
 from reproduction.figures import COLORS, common_legend, figure_of
@@ -32,13 +35,14 @@ from reproduction.report import listed, markdown, short
 from training import UserError, data, devices
 from training.data import Dataset
 from training.optimizers import METHODS, OPTIMIZERS, make_optimizer
-from training.options import Experiment, recipe
+from training.options import Experiment, ModelName, recipe
 from training.record import environment
 from training.signals import one_line_errors
 from training.step import Arrays, Data, Program, TrainState
 
 STEPS = 200
 BURN_IN = 20  # initial steps that the medians leave out
+NETWORKS = ("resnet20", "vgg11")  # with normalization and without
 EXPERIMENT = dataclasses.replace(recipe("cifar100"), method="none")
 COMPARED = (
     *("centering", "scaling", "autoscale", "autoscale_p1"),
@@ -57,8 +61,10 @@ DRAWN = ("autoscale", "scaling", "centering", "zscore")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measures what each method does to AdamW's steps on ResNet-20 and CIFAR-100."""
+    """Measures what each method does to AdamW's steps on CIFAR-100."""
 
+    models: tuple[ModelName, ...] = NETWORKS
+    """Networks."""
     seeds: int = 3
     """Number of seeds."""
     data_dir: Path | None = None
@@ -74,6 +80,7 @@ class Trajectory(NamedTuple):
 
     description: dict[str, Any]
     global_std: np.ndarray  # of the raw gradients, s_t of the paper; shape=(steps,)
+    small_entries: np.ndarray  # their share of the eligible entries; shape=(steps,)
     # By step, a column for each method:
     scale_factor: Table  # a_t, of the methods that have one
     norm_ratio: Table  # of the method's update and AdamW's
@@ -86,9 +93,9 @@ def main() -> None:
         if not options.report:
             devices.prepare(EXPERIMENT.batch_size)
             dataset = data.load(EXPERIMENT.dataset, options.data_dir)
-            for seed in range(options.seeds):
-                experiment = dataclasses.replace(EXPERIMENT, seed=seed)
-                record(experiment, dataset, STEPS, options.results / f"seed{seed}.jsonl")
+            for model, seed in itertools.product(options.models, range(options.seeds)):
+                experiment = dataclasses.replace(EXPERIMENT, model=model, seed=seed)
+                record(experiment, dataset, STEPS, options.results / f"{model}-seed{seed}.jsonl")
         write_report(options.results)
 
 
@@ -125,8 +132,8 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
       steps: the number of steps.
 
     Yields:
-      For each step its number from 1, the seconds so far, the loss, s_t, and by method a_t and the
-      norm ratio and cosine from `measure_effect`.
+      For each step its number from 1, the seconds so far, the loss, s_t, the share of small
+      entries, and by method a_t and the norm ratio and cosine from `measure_effect`.
     """
     mesh = devices.make_mesh()
     program, everywhere = Program(experiment, dataset, mesh), devices.replicated(mesh)
@@ -160,10 +167,11 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
             name: meter.update(grads, effects[name], state.params, other_grads=others)[1]
             for name, meter in meters.items()
         }
-        return effects, {
+        numbers = {
             key: {name: optax.tree.get(effect, key, None) for name, effect in effects.items()}
             for key in KEYS
         }
+        return effects, small_entries(grads, state), numbers
 
     start = time.perf_counter()
     state = program.first_state()
@@ -173,18 +181,33 @@ def measure(experiment: Experiment, dataset: Dataset, steps: int) -> Iterator[di
         order, other_order = (
             program.epoch_order(np.int32(number)) for number in (epoch, 2**30 + epoch)
         )
-        effects, numbers = compare(effects, state, images, order, other_order)
+        effects, small, numbers = compare(effects, state, images, order, other_order)
         state, measured = program.train_step(state, images, order)
         yield {
             "step": step + 1,
             "seconds": round(time.perf_counter() - start, 1),
             "loss": rounded(measured.loss),
             "global_std": rounded(measured.global_std),
+            "small_entries": rounded(small),
             **{
                 key: {name: rounded(value) for name, value in values.items() if value is not None}
                 for key, values in numbers.items()
             },
         }
+
+
+def small_entries(grads: Arrays, state: TrainState) -> jax.Array:
+    """The share of entries whose rms gradient so far, Adam's, is below the mean of their layer."""
+    decay, small, total = 0.999, jnp.zeros(()), 0
+    seconds = optax.tree.get(state.opt_state, "nu")
+    for grad, second in zip(jax.tree.leaves(grads), jax.tree.leaves(seconds), strict=True):
+        if grad.ndim > 1:
+            second = optax.tree.bias_correction(
+                decay * second + (1 - decay) * grad**2, decay, state.step + 1
+            )
+            small += jnp.sum(jnp.sqrt(second) < jnp.abs(grad.mean()))
+            total += grad.size
+    return small / total
 
 
 def on_other_batch(
@@ -228,25 +251,62 @@ def read(path: Path) -> Trajectory:
     """The record in a file."""
     first, *lines = map(json.loads, path.read_text().splitlines())
     frames = (pd.DataFrame([line[key] for line in lines]) for key in KEYS)
-    return Trajectory(first, np.array([line["global_std"] for line in lines]), *frames)
+    arrays = (np.array([line[key] for line in lines]) for key in ("global_std", "small_entries"))
+    return Trajectory(first, *arrays, *frames)
 
 
 def write_report(folder: Path) -> None:
-    """Writes `REPORT.md` and its figure from the records in a folder.
+    """Writes `REPORT.md` and its figures from the records in a folder.
 
     Raises:
       ValueError: if there is no record.
     """
-    runs = [read(path) for path in sorted(folder.glob("seed*.jsonl"))]
+    runs = read_all(folder)
     if not runs:
         raise UserError(f"{folder} holds no records; run it without --report")
-    with figure_of(folder / "effect", (9, 3.6)) as figure:
-        draw(figure, runs)
+    for model, of_model in runs.items():
+        with figure_of(folder / model, (9, 3.6)) as figure:
+            draw(figure, of_model)
     (folder / "REPORT.md").write_text(report(runs))
 
 
-def report(runs: Sequence[Trajectory]) -> str:
+def read_all(folder: Path) -> dict[str, list[Trajectory]]:
+    """The records in a folder, by network."""
+    found = {model: sorted(folder.glob(f"{model}-seed*.jsonl")) for model in MODELS}
+    return {model: [read(path) for path in paths] for model, paths in found.items() if paths}
+
+
+def report(runs: Mapping[str, Sequence[Trajectory]]) -> str:
     """The report's text; the comments in it mark the parts that the guide includes."""
+    every = [run.description for each in runs.values() for run in each]
+    first = every[0]
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
+    commits = listed(short(description["commit"]) for description in every)
+    return f"""\
+# What the methods do to AdamW's steps
+
+AdamW alone trains a network on CIFAR-100 with the paper's recipe as we read it, for the first \
+{first["steps"]} of 39,000 steps. Every method, followed by its own AdamW, gets the gradients of \
+that run. For comparison, AdamW on a second, independent batch at the same parameters.
+
+Numbers are medians over the steps after step {BURN_IN}: the median of the seeds, and in brackets \
+the smallest and the largest. *Unexplained* is the share of the squared step that no learning rate \
+of AdamW would have produced: $1 - \\mathrm{{cosine}}^2$.
+
+{"".join(part(model, of_model) for model, of_model in runs.items())}\
+<!-- command -->
+
+```sh
+python -m reproduction.effect --data-dir ~/tensorflow_datasets
+python -m reproduction.effect --report    # this page, from the records beside it
+```
+
+{first["device_count"]} x {first["device"]}; {versions}; commit {commits}.
+"""
+
+
+def part(model: str, runs: Sequence[Trajectory]) -> str:
+    """What the report says about a network."""
     rows = []
     for name in (*COMPARED, *OTHERS):
         cosines = [run.cosine[name] for run in runs]
@@ -262,48 +322,31 @@ def report(runs: Sequence[Trajectory]) -> str:
             form = over_seeds([expected(run) for run in runs])
             cells = ("*the same in closed form*", form, "*1*", "*0*")
             rows.append(dict(zip(row, cells, strict=True)))
-    first, seeds = runs[0].description, len(runs)
-    steps = first["steps"]
     start, end = (
         over_seeds([run.scale_factor["scaling"].iloc[[step]] for run in runs], skip=0)
         for step in (0, -1)
     )
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "flax", "optax"))
-    commits = listed(short(run.description["commit"]) for run in runs)
+    small = over_seeds([100 * run.small_entries for run in runs], digits=1)
     return f"""\
-# What the methods do to AdamW's steps
+## {MODELS[model].label}
 
-ResNet-20 on CIFAR-100 with the paper's recipe as we read it, trained by AdamW alone: the first \
-{steps} of 39,000 steps, {seeds} seeds. Every method, followed by its own AdamW, gets the \
-gradients of that run. For comparison, AdamW on a second, independent batch at the same parameters.
-
-<!-- table -->
+<!-- {model} -->
 
 {markdown(rows)}
 
-Medians over the steps after step {BURN_IN}: the median of the {seeds} seeds, and in brackets the \
-smallest and the largest. *Unexplained* is the share of the squared step that no learning rate of \
-AdamW would have produced: $1 - \\mathrm{{cosine}}^2$. The scale factor $a_t$ of Autoscale was \
-{start} in the first step and {end} in the last.
+{len(runs)} seeds. The scale factor $a_t$ of Autoscale was {start} in the first step and {end} in \
+the last. Entries whose rms gradient so far is below the mean of their layer's gradient: {small} %.
 
-<!-- figure -->
+![{MODELS[model].label}: norm ratio, and share of the step that no learning rate explains, over \
+the steps, by method]({model}.png)
 
-![Norm ratio, and share of the step that no learning rate explains, over the steps, by \
-method](effect.png)
-
-*Each method's step compared with AdamW's, over the first {steps} steps. Left: the ratio of their \
+*Each method's step in {MODELS[model].label}, compared with AdamW's. Left: the ratio of their \
 norms; black and dashed, its closed form for the scaling. Right: the share of the squared step \
-that no learning rate of AdamW explains. Lines are means over {seeds} seeds, bands range from the \
-smallest to the largest. The other methods are in the table.*
+that no learning rate of AdamW explains. Lines are means over seeds, bands range from the smallest \
+to the largest. The other methods are in the table.*
 
-<!-- command -->
+<!-- end of {model} -->
 
-```sh
-python -m reproduction.effect --data-dir ~/tensorflow_datasets
-python -m reproduction.effect --report    # this page, from the records beside it
-```
-
-{first["device_count"]} x {first["device"]}; {versions}; commit {commits}.
 """
 
 
@@ -322,7 +365,7 @@ def draw(figure: Figure, runs: Sequence[Trajectory]) -> None:
     forms = np.mean([expected(run) for run in runs], axis=0)
     left.plot(1 + np.arange(len(forms)), forms, "k--", linewidth=1, label="scaling in closed form")
     left.set(title="Norm ratio", xlabel="step", yscale="log")
-    left.set_yticks((0.5, 0.7, 1, 1.4), ("0.5", "0.7", "1", "1.4"))
+    left.set_yticks((0.5, 0.7, 1, 1.4, 2, 3), ("0.5", "0.7", "1", "1.4", "2", "3"))
     left.minorticks_off()
     title = "Share that no learning rate explains"
     right.set(title=title, xlabel="step", yscale="log", ylim=(1e-3, 1))

@@ -16,9 +16,10 @@ from optax_autoscale import measure_effect
 from reproduction import effect
 from training import devices
 from training.data import Dataset
-from training.step import Program
+from training.step import Program, TrainState
 
 ROOT = Path(__file__).parents[2]
+FIRST_AND_SECOND = [[4.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 8.0]]
 EXPERIMENT = dataclasses.replace(effect.EXPERIMENT, batch_size=16)
 
 
@@ -62,6 +63,16 @@ def test_the_closed_form_holds_for_noise_whose_size_falls():
     expected = effect.closed_form(sizes, factors)
     assert expected[-1] < 0.75  # far from the 1 of a constant factor
     np.testing.assert_allclose(ratios, expected, rtol=0.05)
+
+
+def test_entries_are_small_whose_rms_is_below_their_layers_mean():
+    adam, params = optax.adam(1.0), {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    first, second = ({"kernel": jnp.array(it), "bias": jnp.ones(2)} for it in FIRST_AND_SECOND)
+    start = TrainState(jnp.int32(0), None, params, None, adam.init(params), None, None, None)
+    # Root mean squares 4 0 0 0 and the mean 1; 2.8 0 0 5.7 and the mean 2.
+    assert effect.small_entries(first, start) == 0.75
+    after = start._replace(step=jnp.int32(1), opt_state=adam.update(first, start.opt_state)[1])
+    assert effect.small_entries(second, after) == 0.5
 
 
 @pytest.mark.slow
@@ -114,7 +125,6 @@ def test_no_records_are_an_error(tmp_path):
 
 def test_the_committed_report_is_that_of_the_committed_records():
     folder = ROOT / "results/effect"
-    runs = [effect.read(path) for path in sorted(folder.glob("seed*.jsonl"))]
-    assert len(runs) == 3
-    assert [run.description["config"]["seed"] for run in runs] == [0, 1, 2]
+    runs = effect.read_all(folder)
+    assert tuple(runs) == effect.NETWORKS
     assert (folder / "REPORT.md").read_text() == effect.report(runs)
