@@ -6,7 +6,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from models.resnet import ResNet, resnet8, resnet20, resnet56, resnet110
-from models.vgg import VGG, vgg7, vgg11, vgg16_bn, vgg_tiny
+from models.vgg import VGG, vgg7, vgg16_bn, vgg_tiny
 from models.vit import ViT, vit, vit_tiny
 
 
@@ -27,9 +27,6 @@ MODELS = {
         resnet56, "ResNet-56", "residual network of 56 layers with parameter-free shortcuts", 125.5
     ),
     "vgg7": ModelSpec(vgg7, "VGG-7", "plain network of 6 convolutions without normalization", 38.6),
-    "vgg11": ModelSpec(
-        vgg11, "VGG-11", "plain network of 8 convolutions without normalization", 152.8
-    ),
     "vgg16_bn": ModelSpec(
         vgg16_bn, "VGG-16-BN", "plain network of 13 convolutions with batch normalization", 313.2
     ),
@@ -47,7 +44,6 @@ __all__ = [
     "resnet56",
     "resnet110",
     "vgg7",
-    "vgg11",
     "vgg16_bn",
     "vgg_tiny",
     "vit",

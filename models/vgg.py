@@ -39,7 +39,7 @@ class VGG(nnx.Module):
 
     Raises:
       ValueError: when called on images that are too small for the max-pools: height and width
-        must be at least `2 ** (len(stages) - 1)`, 16 for `vgg11` and `vgg16_bn`.
+        must be at least `2 ** (len(stages) - 1)`, 4 for `vgg7` and 16 for `vgg16_bn`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,6 +104,5 @@ class VGG(nnx.Module):
 
 vgg_tiny = partial(VGG, stages=((4, 4), (8,), (8,)))  # for tests
 vgg7 = partial(VGG, stages=((32,) * 2, (64,) * 2, (128,) * 2), batch_norm=False)  # for small images
-# Configuration A, and D with batch normalization.
-vgg11 = partial(VGG, stages=((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2), batch_norm=False)
+# Configuration D.
 vgg16_bn = partial(VGG, stages=((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3))

@@ -42,7 +42,7 @@ from training.step import Arrays, Data, Program, TrainState
 
 STEPS = 200
 BURN_IN = 20  # initial steps that the medians leave out
-NETWORKS = ("resnet20", "vgg11")  # with normalization and without
+NETWORKS = ("resnet20", "vgg7")  # with normalization and without
 EXPERIMENT = dataclasses.replace(recipe("cifar100"), method="none")
 COMPARED = (
     *("centering", "scaling", "autoscale", "autoscale_p1"),
