@@ -80,7 +80,9 @@ class Trajectory(NamedTuple):
 
     description: dict[str, Any]
     global_std: np.ndarray  # of the raw gradients, s_t of the paper; shape=(steps,)
-    small_entries: np.ndarray  # their share of the eligible entries; shape=(steps,)
+    small_entries: (
+        np.ndarray | None
+    )  # their share of the entries; shape=(steps,); not in the oldest
     # By step, a column for each method:
     scale_factor: Table  # a_t, of the methods that have one
     norm_ratio: Table  # of the method's update and AdamW's
@@ -251,8 +253,9 @@ def read(path: Path) -> Trajectory:
     """The record in a file."""
     first, *lines = map(json.loads, path.read_text().splitlines())
     frames = (pd.DataFrame([line[key] for line in lines]) for key in KEYS)
-    arrays = (np.array([line[key] for line in lines]) for key in ("global_std", "small_entries"))
-    return Trajectory(first, *arrays, *frames)
+    small = [line["small_entries"] for line in lines if "small_entries" in line]
+    global_std = np.array([line["global_std"] for line in lines])
+    return Trajectory(first, global_std, np.array(small) if small else None, *frames)
 
 
 def write_report(folder: Path) -> None:
@@ -326,7 +329,13 @@ def part(model: str, runs: Sequence[Trajectory]) -> str:
         over_seeds([run.scale_factor["scaling"].iloc[[step]] for run in runs], skip=0)
         for step in (0, -1)
     )
-    small = over_seeds([100 * run.small_entries for run in runs], digits=1)
+    shares = [100 * run.small_entries for run in runs if run.small_entries is not None]
+    small = (
+        " Entries whose rms gradient so far is below the mean of their layer's gradient: "
+        f"{over_seeds(shares, digits=1)} %."
+        if shares
+        else ""
+    )
     return f"""\
 ## {MODELS[model].label}
 
@@ -335,7 +344,7 @@ def part(model: str, runs: Sequence[Trajectory]) -> str:
 {markdown(rows)}
 
 {len(runs)} seeds. The scale factor $a_t$ of Autoscale was {start} in the first step and {end} in \
-the last. Entries whose rms gradient so far is below the mean of their layer's gradient: {small} %.
+the last.{small}
 
 ![{MODELS[model].label}: norm ratio, and share of the step that no learning rate explains, over \
 the steps, by method]({model}.png)
