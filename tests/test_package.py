@@ -108,3 +108,9 @@ def test_pre_commit_runs_the_ruff_of_make_lint():
     assert pins
     for pin in pins:
         assert f'"{pin}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_workflows_pin_their_actions():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (.*)", path.read_text()):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action), (path.name, action)
