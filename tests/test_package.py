@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hatchling.build
 import pytest
+from markdown_it import MarkdownIt
 
 import optax_autoscale
 
@@ -23,7 +24,7 @@ LIBRARY = {f"optax_autoscale/{path.name}" for path in ROOT.glob("optax_autoscale
 METADATA = {
     f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")
 }
-SOURCE = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
+SOURCE = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "docs/pypi.md", "pyproject.toml"}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,16 @@ def test_it_needs_jax_and_optax_alone(wheel, tmp_path):
     file, modules = process.stdout.splitlines()
     assert Path(file).parent == tmp_path / "optax_autoscale"
     assert eval(modules) - sys.stdlib_module_names == {"optax_autoscale"}
+
+
+def test_the_description_on_pypi_has_no_relative_link(wheel):
+    text = zipfile.ZipFile(wheel).read(f"{NAME}.dist-info/METADATA").decode()
+    description = text.partition("\n\n")[2]
+    assert "autoscale(), optax.adamw" in description
+    for token in MarkdownIt().parse(description):
+        for part in token.children or ():
+            address = part.attrs.get("href") or part.attrs.get("src") or "https://"
+            assert str(address).startswith("https://"), address
 
 
 def test_version_is_the_same_everywhere():
