@@ -92,6 +92,9 @@ def test_what_is_installed_is_the_clone_and_groups_that_exist(path):
         assert "autoscale" not in command
         assert set(re.findall(r"--group (\S+)", command)) <= set(groups), command
         assert ".[" not in command
+    for block in blocks(path, "sh"):  # into an environment of its own, whose pip knows groups
+        before, installed, _ = block.partition("pip install -e")
+        assert not installed or before.startswith("python -m venv --upgrade-deps .venv && . ")
 
 
 def test_the_api_page_has_every_public_name():
