@@ -34,7 +34,7 @@ test-lowest: $(INSTALLED)
 	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct .
 	$(LOWEST)/bin/python -I -m optax_autoscale
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable . --group dev
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --upgrade --editable . --group dev
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) -W default $(ARGS)
 
 lint: $(INSTALLED)
