@@ -34,7 +34,7 @@ test-lowest: $(INSTALLED)
 	$(BIN)/uv venv --quiet --clear --python 3.11 $(LOWEST)
 	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct .
 	$(LOWEST)/bin/python -I -m optax_autoscale
-	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --upgrade --editable . --group dev
 	$(LOWEST)/bin/python -m pytest $(PARALLEL) -W default $(ARGS)
 
 lint: $(INSTALLED)
@@ -61,26 +61,30 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) $(LOWEST) $(ACCELERATORS)
 
-# Sizes as du shows them with JAX=cpu, Python 3.11 on Linux.
-$(TRAINING): pyproject.toml
-	@echo 'Installing what train.py needs into $(VENV), once: about 900 MB (more with JAX=cuda13 or tpu) ...'
+# Groups of dependencies need pip 25.1; older Pythons bring an older one.
+$(BIN)/.pip:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[train]' 'jax$(JAX_EXTRA)'
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'
 	touch $@
 
-$(INSTALLED): pyproject.toml
+# Sizes as du shows them with JAX=cpu, Python 3.11 on Linux.
+$(TRAINING): pyproject.toml | $(BIN)/.pip
+	@echo 'Installing what train.py needs into $(VENV), once: about 900 MB (more with JAX=cuda13 or tpu) ...'
+	$(BIN)/python -m pip install --quiet --editable . --group train 'jax$(JAX_EXTRA)'
+	touch $@
+
+$(INSTALLED): pyproject.toml | $(BIN)/.pip
 	@echo 'Installing what the tests need into $(VENV), once: about 1.4 GB (more with JAX=cuda13 or tpu) ...'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'jax$(JAX_EXTRA)'
+	$(BIN)/python -m pip install --quiet --editable . --group dev 'jax$(JAX_EXTRA)'
 	touch $@ $(TRAINING)
 
 $(VENV)/.installed-docs: $(INSTALLED)
 	@echo 'Installing what the site needs into $(VENV) ...'
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --editable . --group docs
 	touch $@
 
 $(ACCELERATORS)/.installed: benchmarks/compiled/requirements.txt
 	@echo 'Installing the compilers of a TPU and a GPU into $(ACCELERATORS), once: about 2 GB ...'
-	$(PYTHON) -m venv --clear $(ACCELERATORS)
-	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable '.[train]'
+	$(PYTHON) -m venv --clear --upgrade-deps $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable . --group train
 	touch $@

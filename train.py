@@ -124,7 +124,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
 
             if done == last:
                 display.evaluating()
-                test_loss, test_accuracy = program.evaluate(state, test_data)
+                test_loss, test_accuracy = program.evaluate(state, test_data, display.evaluated)
                 if not np.isfinite(test_loss):
                     raise NotFinite(f"after step {last}: the test loss is {test_loss}")
                 means = program.epoch_means(state)

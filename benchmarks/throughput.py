@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput
 
-PyTorch is measured where it is installed: `pip install -e '.[train,benchmark]'`. Its step has no
+PyTorch is measured where it is installed: `pip install -e . --group benchmark`. Its step has no
 augmentation and finds its batch in place; ours includes all of that.
 """
 

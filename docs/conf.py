@@ -17,8 +17,7 @@ project = "optax_autoscale"
 author = "The optax_autoscale authors"
 version = release = optax_autoscale.__version__
 html_title = f"{project} {version}"
-# "https://github.com/OWNER/NAME", once it is known: notebooks can then be opened in Colab, and
-# pages link to their sources.
+# "https://github.com/OWNER/NAME", once it is known: pages then link to their sources.
 repository = ""
 
 extensions = [
@@ -28,7 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "pypi.md"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -80,24 +79,6 @@ def _follow_links(app: Sphinx, doctree: nodes.document) -> None:
             link["reftarget"] = target.relative_to(root).as_posix()
 
 
-def _offer_notebook(app: Sphinx, doctree: nodes.document) -> None:
-    """Puts links to the notebook itself below the title of its page."""
-    path = Path(app.env.doc2path(app.env.docname))
-    if path.suffix != ".ipynb":
-        return
-    download = addnodes.download_reference(
-        "", "Download this notebook", reftarget=path.name, refdoc=app.env.docname
-    )
-    links = nodes.paragraph("", "", download)
-    if repository:
-        name = path.relative_to(Path(app.srcdir).parent).as_posix()
-        address = repository.replace("github.com", "colab.research.google.com/github")
-        address += f"/blob/main/{name}"
-        links += [nodes.Text(" · "), nodes.reference("", "Open in Colab", refuri=address)]
-    title = next(doctree.findall(nodes.title))
-    title.parent.insert(1, links)
-
-
 def _link_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Makes each image a link to its file, where it is shown in full size."""
     here = app.builder.get_target_uri(page)
@@ -112,7 +93,5 @@ def _link_images(app: Sphinx, doctree: nodes.document, page: str) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    # Before Sphinx collects the files that a page needs.
-    app.connect("doctree-read", _offer_notebook, priority=100)
     app.connect("doctree-read", _follow_links)
     app.connect("doctree-resolved", _link_images)

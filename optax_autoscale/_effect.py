@@ -79,7 +79,7 @@ def measure_effect(
 
     .. math::
 
-      \text{norm\_ratio} = \frac{\lVert u \rVert}{\lVert r \rVert}, \qquad
+      \text{norm ratio} = \frac{\lVert u \rVert}{\lVert r \rVert}, \qquad
       \text{cosine} = \frac{\mathrm{Re} \langle u, r \rangle}
         {\lVert u \rVert \, \lVert r \rVert}
 

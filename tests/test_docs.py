@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -19,7 +20,9 @@ SOURCES = [
     *PAGES,
 ]
 WITH_CODE = [
-    page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES] if blocks(page)
+    page
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+    if blocks(page) and page != DOCS / "training.md"  # tests/test_train.py has the run it needs
 ]
 
 
@@ -80,6 +83,18 @@ def test_the_commands_of_make_exist():
     for path in ROOT / "README.md", ROOT / "CONTRIBUTING.md":
         for target in re.findall(r"^make ([\w-]+)", "\n".join(blocks(path, "sh")), re.MULTILINE):
             assert f"\n{target}:" in makefile, target
+
+
+@pytest.mark.parametrize("path", [page for page in SOURCES if page.name != "pypi.md"], ids=name)
+def test_what_is_installed_is_the_clone_and_groups_that_exist(path):
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    for command in re.findall(r"pip install ([^`\n]*)", path.read_text()):
+        assert "autoscale" not in command
+        assert set(re.findall(r"--group (\S+)", command)) <= set(groups), command
+        assert ".[" not in command
+    for block in blocks(path, "sh"):  # into an environment of its own, whose pip knows groups
+        before, installed, _ = block.partition("pip install -e")
+        assert not installed or before.startswith("python -m venv --upgrade-deps .venv && . ")
 
 
 def test_the_api_page_has_every_public_name():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hatchling.build
 import pytest
+from markdown_it import MarkdownIt
 
 import optax_autoscale
 
@@ -23,7 +24,7 @@ LIBRARY = {f"optax_autoscale/{path.name}" for path in ROOT.glob("optax_autoscale
 METADATA = {
     f"{NAME}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")
 }
-SOURCE = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
+SOURCE = {".gitignore", "CHANGELOG.md", "LICENSE", "PKG-INFO", "docs/pypi.md", "pyproject.toml"}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,7 @@ def test_it_needs_jax_and_optax_alone(wheel, tmp_path):
     """By its metadata, and by what its import adds to theirs; and it imports public names only."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     required = Distribution.at(tmp_path / f"{NAME}.dist-info").requires or []
-    names = [re.split(r"\W", line)[0] for line in required if "extra ==" not in line]
-    assert names == ["jax", "optax"]
+    assert [re.split(r"\W", line)[0] for line in required] == ["jax", "optax"]
     for path in tmp_path.glob("optax_autoscale/*.py"):
         imports = re.findall(r"^ *(?:from|import) .*", path.read_text(), re.MULTILINE)
         private = [line for line in imports if re.search(r"[ .]_", line)]
@@ -86,6 +86,16 @@ def test_it_needs_jax_and_optax_alone(wheel, tmp_path):
     assert eval(modules) - sys.stdlib_module_names == {"optax_autoscale"}
 
 
+def test_the_description_on_pypi_has_no_relative_link(wheel):
+    text = zipfile.ZipFile(wheel).read(f"{NAME}.dist-info/METADATA").decode()
+    description = text.partition("\n\n")[2]
+    assert "autoscale(), optax.adamw" in description
+    for token in MarkdownIt().parse(description):
+        for part in token.children or ():
+            address = part.attrs.get("href") or part.attrs.get("src") or "https://"
+            assert str(address).startswith("https://"), address
+
+
 def test_version_is_the_same_everywhere():
     assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
@@ -94,10 +104,11 @@ def test_version_is_the_same_everywhere():
 
 
 def test_readme_states_the_lowest_versions():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = project["dependencies"] + project["optional-dependencies"]["train"]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    required = project["dependencies"] + pyproject["dependency-groups"]["train"]
     bounds = dict(line.split(">=") for line in ["python" + project["requires-python"], *required])
-    (row,) = re.findall(r"^\| lowest,.*", (ROOT / "docs/quickstart.md").read_text(), re.MULTILINE)
+    (row,) = re.findall(r"^\| lowest .*", (ROOT / "docs/quickstart.md").read_text(), re.MULTILINE)
     stated = re.findall(r" ([\d.]+) ", row)
     for package, version in zip(("python", "jax", "optax", "flax"), stated, strict=True):
         assert f"{version}.".startswith(f"{bounds[package]}."), package
@@ -108,3 +119,9 @@ def test_pre_commit_runs_the_ruff_of_make_lint():
     assert pins
     for pin in pins:
         assert f'"{pin}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_workflows_pin_their_actions():
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (.*)", path.read_text()):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", action), (path.name, action)

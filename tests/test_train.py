@@ -13,10 +13,10 @@ import optax
 import pytest
 from PIL import Image
 
+from tests import pages
 from tests.programs import ARGS, ROOT, contents, epochs, finish, main, refused, shrunk, start
-from training import data
-from training.checkpoints import load_model
 from training.optimizers import METHODS
+from training.options import Experiment
 from training.record import Record, read_records
 
 pytestmark = pytest.mark.slow
@@ -48,11 +48,15 @@ def test_records(run):
     assert records[1]["train_loss"] < records[0]["train_loss"]
 
 
-def test_the_saved_model_has_the_recorded_accuracy(run):
-    digits = data.load("digits")
+def test_the_saved_model_predicts_as_recorded(run, tmp_path, monkeypatch):
+    """With the code of the guide, which knows the name of a run with default options."""
+    folder = tmp_path / "runs" / Experiment().name
+    folder.parent.mkdir()
+    folder.symlink_to(run[0])
+    monkeypatch.chdir(tmp_path)
     with shrunk():
-        logits = load_model(run[0])(digits.test_images)
-    accuracy = np.mean(np.argmax(logits, axis=1) == digits.test_labels)
+        names = pages.run(pages.DOCS / "training.md")
+    accuracy = np.mean(names["predictions"] == names["digits"].test_labels)
     assert accuracy == pytest.approx(read_records(run[0])[-1]["test_accuracy"])
 
 

@@ -134,7 +134,10 @@ def _digits() -> Dataset:
 def _cifar(name: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     packages = ("array_record", "importlib_resources", "PIL", "requests", "tensorflow_datasets")
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise DataError(f"{name} needs {', '.join(missing)}: run `pip install -e '.[cifar]'`")
+        raise DataError(
+            f"{name} needs {', '.join(missing)}: in the clone, with pip 25.1 or newer, run "
+            "`pip install --group cifar`"
+        )
     from training import cifar
 
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")

@@ -128,9 +128,7 @@ class Display:
             note=f"{speed * self._batch_size:.0f} images/s" if speed else "",
         )
         self._add(step, loss, global_std, scale_factor, norm_ratio)
-        now = time.monotonic()
-        if not self._is_live and now - self._last_line > PLAIN_INTERVAL:
-            self._last_line = now
+        if self._is_due():
             measured = "  ".join(f"{name} {text}" for name, text in self._latest().items())
             self.say(
                 f"epoch {epoch + 1}, step {step}/{self._steps}: {measured}  {self._left()} left"
@@ -139,7 +137,18 @@ class Display:
     def evaluating(self) -> None:
         """Shows that an evaluation is going on, until `epoch` is called."""
         self._progress.update(self._epoch, visible=False)
-        self._progress.reset(self._evaluating, visible=True)
+        self._progress.reset(self._evaluating, visible=True, note="")
+
+    def evaluated(self, images: int, of: int) -> None:
+        """Shows how many of the test images are evaluated."""
+        note = f"{images}/{of} images"
+        epoch = self._done // self._steps_per_epoch
+        self._progress.update(self._evaluating, completed=images, total=of, note=note)
+        self._progress.update(
+            self._run, completed=self._completed(self._done, epoch - 1 + images / of)
+        )
+        if self._is_due():
+            self.say(f"epoch {epoch}, evaluating: {note}  {self._left()} left")
 
     def epoch(self, record: Record) -> None:
         """Adds a finished epoch to the table."""
@@ -160,7 +169,15 @@ class Display:
         )
         self._last_line = time.monotonic()
 
-    def _completed(self, step: int, evaluations: int) -> float:
+    def _is_due(self) -> bool:
+        """Whether it is time for another line, where there is no terminal."""
+        now = time.monotonic()
+        if self._is_live or now - self._last_line <= PLAIN_INTERVAL:
+            return False
+        self._last_line = now
+        return True
+
+    def _completed(self, step: int, evaluations: float) -> float:
         return step + evaluations * self._evaluation
 
     def _add(self, step: int, *values: float | None) -> None:

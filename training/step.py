@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -128,13 +128,19 @@ class Program:
         self.train_step = self.train_step.lower(state, train_data, order).compile()
         self._eval_step = self._eval_step.lower(state, test_data, np.int32(0)).compile()
 
-    def evaluate(self, state: TrainState, data: Data) -> tuple[float, float]:
-        """The mean loss and the accuracy over all test images, each counted once."""
+    def evaluate(
+        self, state: TrainState, data: Data, done: Callable[[int, int], object] = lambda *_: None
+    ) -> tuple[float, float]:
+        """The mean loss and the accuracy over all test images, each counted once.
+
+        Calls `done` with the number of images evaluated so far, and that of all.
+        """
         num_test = len(self._dataset.test_labels)
-        sums = [
-            self._eval_step(state, data, np.int32(first))
-            for first in range(0, num_test, self._eval_batch)
-        ]
+        sums: list[Any] = []
+        for first in range(0, num_test, self._eval_batch):
+            sums.append(self._eval_step(state, data, np.int32(first)))
+            jax.block_until_ready(sums[-2:-1])  # one is computed while the next is dispatched
+            done(first, num_test)
         loss, correct = np.sum(jax.device_get(sums), axis=0) / num_test
         return float(loss), float(correct)
 

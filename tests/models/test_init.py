@@ -137,7 +137,7 @@ def test_bfloat16_is_close_to_float32_and_its_statistics_are_float32(build):
     exact, rounded = results
     assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.03
 
-    norm = next((m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)), None)
+    norm = next((m for _, m in nnx.iter_graph(model) if isinstance(m, nnx.BatchNorm)), None)
     if norm is None:
         return
     expected = to_float64(nnx.state(norm))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.power import TTestIndPower, TTestPower
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 from synthetic import short, write
 
@@ -172,12 +172,11 @@ def test_a_family_corrects_p_values_equivalence_and_power():
     assert described[["p_value", "corrected", "equivalence", "detectable"]].isna().all(axis=None)
 
 
-def test_the_power_is_right_where_a_search_fails():
+def test_the_power_is_right_in_the_far_tail():
     """Two samples of 2, 12 comparisons: the standard error is the deviation."""
     alpha = 0.05 / 12
     effect = noncentrality(2, alpha)
     assert effect == pytest.approx(19.65, abs=0.01)
-    assert TTestIndPower().solve_power(nobs1=2, alpha=alpha, power=0.8) == 10.0
     rng = np.random.default_rng(0)
     ours, plain = rng.normal(effect, 1, (2, 20_000)), rng.normal(0, 1, (2, 20_000))
     assert np.mean(stats.ttest_ind(ours, plain).pvalue < alpha) == pytest.approx(0.8, abs=0.01)

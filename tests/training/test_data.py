@@ -94,7 +94,7 @@ def test_what_cannot_be_loaded_is_named_with_a_remedy(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"'mnist'.* digits, cifar10, cifar100$"):
         load("mnist")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DataError, match=r"tensorflow_datasets.*pip install -e '\.\[cifar\]'"):
+    with pytest.raises(DataError, match=r"tensorflow_datasets.*pip install --group cifar"):
         load("cifar10", tmp_path)
     with pytest.raises(SystemExit, match="cifar10 needs tensorflow_datasets"):
         main("cifar10", str(tmp_path))

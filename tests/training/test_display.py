@@ -3,7 +3,9 @@
 import datetime
 import io
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +52,10 @@ def test_the_time_left_comes_true(between, done, now, monkeypatch, capsys):
         at.append((step, now[0]))
         if step % 10 == 0:
             shown.evaluating()
-            now[0] += between * rng.uniform(0.9, 1.1)
+            for images in 512, 1024:
+                now[0] += between / 2 * rng.uniform(0.9, 1.1)
+                shown.evaluated(images, 1024)
+                at.append((step, now[0]))
             shown.epoch(GOOD | {"epoch": step // 10, "step": step})
             at.append((step, now[0]))
     _, *lines = capsys.readouterr().out.splitlines()
@@ -74,6 +79,9 @@ def run_for_a_while(shown: Display) -> None:
         shown.start(10, [GOOD | {"update_norm_ratio": None}])
         for step in range(11, 21):
             shown.step(step, 1.5, 2e-3, 0.321)
+        shown.evaluating()
+        for images in 256, 512:
+            shown.evaluated(images, 1024)
         shown.epoch(GOOD | {"epoch": 2, "step": 20})
 
 
@@ -100,8 +108,9 @@ def test_a_terminal_shows_how_long_it_compiles_and_an_evaluation(screen):
         shown.start(9, [])
         shown.step(10, 1.5, 2e-3, 0.321)
         shown.evaluating()
+        shown.evaluated(2560, 10_000)
     last = screen.getvalue().rpartition("epoch 1/2")[2]
-    assert "evaluating" in last
+    assert re.search(r"evaluating +━{11}[╸╺ ].* 2560/10000 images", last)
     assert "step 10/10" not in last
 
 
@@ -113,18 +122,22 @@ def test_elsewhere_lines_are_plain_and_few_and_other_processes_show_nothing(
         monkeypatch.setenv("TERM", "dumb")
         monkeypatch.setattr(display, "Console", partial(Console, force_terminal=True))
 
-    def step(self: Display, *args: float) -> None:
-        now[0] += 12
-        real(self, *args)
+    def slow(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            now[0] += 12
+            real(*args)
 
-    real = Display.step
-    monkeypatch.setattr(Display, "step", step)
+        return call
+
+    for name in "step", "evaluated":
+        monkeypatch.setattr(Display, name, slow(getattr(Display, name)))
     run_for_a_while(make())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "[out]: cpu, compiling ..."
     measured = "loss 1.5  gradient std 0.002  scale factor 0.321"
     assert lines[2] == f"epoch 2, step 13/40: {measured}  0:06:36 left"
-    assert len(lines) == 2 + 3 + 1
+    assert lines[5] == "epoch 2, evaluating: 512/1024 images  0:05:28 left"
+    assert len(lines) == 2 + 3 + 1 + 1
     assert "\x1b" not in "".join(lines)
     run_for_a_while(make(quiet=True))
     assert capsys.readouterr().out == ""

@@ -277,7 +277,10 @@ def test_evaluation_counts_every_image_once(eval_batch, devices, monkeypatch):
     log_sum = np.log(np.exp(logits).sum(axis=1))
     expected = (log_sum - logits[np.arange(NUM_TEST), DATA.test_labels]).mean()
     state = jax.device_put(state, jax.tree.leaves(of.first_state())[0].sharding)
-    loss, accuracy = evaluate(of, state)
+    seen = []
+    tests = of.put(DATA.test_images, DATA.test_labels)
+    loss, accuracy = of.evaluate(state, tests, lambda *images: seen.append(images))
+    assert seen == [(first, NUM_TEST) for first in range(0, NUM_TEST, eval_batch)]
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     assert accuracy == pytest.approx((logits.argmax(axis=1) == DATA.test_labels).mean())
     assert of.evaluation_steps == pytest.approx(23 / 16 / 3)
