@@ -102,10 +102,10 @@ def losses(model: Transformer, parts: jax.Array) -> jax.Array:
 
 @nnx.jit
 def train_step(
-    model: Transformer, optimizer: nnx.Optimizer, text: jax.Array, key: jax.Array
+    model: Transformer, optimizer: nnx.Optimizer, rngs: nnx.Rngs, text: jax.Array
 ) -> tuple[jax.Array, Any]:
     """A step on random windows; returns the loss, and the deviation of each layer's gradient."""
-    parts = windows(text, jax.random.randint(key, (BATCH_SIZE,), 0, len(text) - CONTEXT))
+    parts = windows(text, jax.random.randint(rngs(), (BATCH_SIZE,), 0, len(text) - CONTEXT))
     loss, grads = nnx.value_and_grad(lambda model: losses(model, parts).mean())(model)
     optimizer.update(model, grads)
     return loss, layer_std(nnx.to_pure_dict(grads), layer_axes=LAYERS)
@@ -136,12 +136,12 @@ def main(
     """Trains; `picture` is a file for the standard deviation of each layer's gradient."""
     train, validation = map(jnp.asarray, load_text())
     parts = windows(validation, jnp.arange(0, len(validation) - CONTEXT, CONTEXT))
-    model_key, key = jax.random.split(jax.random.key(seed))
-    model, plain = Transformer(nnx.Rngs(model_key)), adamw(learning_rate, steps)
+    rngs, plain = nnx.Rngs(seed), adamw(learning_rate, steps)
     tx = measure_effect(optax.chain(METHODS[method], plain), plain)
-    optimizer, history = nnx.Optimizer(model, tx, wrt=nnx.Param), []
+    model, history = Transformer(rngs), []
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for step in track(range(1, steps + 1), "training"):
-        loss, stds = train_step(model, optimizer, train, jax.random.fold_in(key, step))
+        loss, stds = train_step(model, optimizer, rngs, train)
         history.append(stds)
         if step % 100 == 0 or step == steps:
             names = ("norm_ratio", "cosine")  # of this step and AdamW's
