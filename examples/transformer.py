@@ -88,9 +88,9 @@ def adamw(learning_rate: float, steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.warmup_cosine_decay_schedule(*schedule))
 
 
-def windows(text: jax.typing.ArrayLike, starts: jax.Array) -> jax.Array:
+def windows(text: jax.Array, starts: jax.Array) -> jax.Array:
     """Parts of the text, (n, CONTEXT + 1), from these places on, (n,)."""
-    return jnp.asarray(text)[starts[:, None] + jnp.arange(CONTEXT + 1)]
+    return text[starts[:, None] + jnp.arange(CONTEXT + 1)]
 
 
 @nnx.jit
