@@ -289,16 +289,18 @@ python -m reproduction.transformer --report    # this page, from the records bes
 def comparisons(runs: Table, best: dict[str, float]) -> str:
     """Each method minus AdamW within seeds, at each one's best rate and at the default."""
     test, rows = by_seed(runs, "test_loss"), []
-    for rates in (best, dict.fromkeys(best, DEFAULT)):
-        for method in sorted(best, key=[*LABELS].index):
+    default = dict.fromkeys(best, DEFAULT) if DEFAULT in set(runs["learning_rate"]) else {}
+    for rates in (best, default):
+        for method in sorted(rates, key=[*LABELS].index):
             losses = test.loc[(method, rates[method])]
             minus = losses - test.loc[("none", rates["none"])]
             where = (runs["method"] == method) & (runs["learning_rate"] == rates[method])
-            effect = {key: over_seeds(runs[where][key], skip=0) for key in ("norm_ratio", "cosine")}
+            ratios, cosines = runs[where]["norm_ratio"], runs[where]["cosine"]
             row = {"method": LABELS[method], "learning rate": f"{rates[method]:g}"}
             row["test loss"] = spread(losses.dropna(), 3)
             row["minus AdamW (95% interval)"] = "-" if method == "none" else interval(minus)
-            rows.append(row | effect)
+            row["norm ratio"] = over_seeds(ratios.to_list(), skip=0)
+            rows.append(row | {"cosine": over_seeds(cosines.to_list(), skip=0)})
     primary = test.loc[("autoscale", best["autoscale"])] - test.loc[("none", best["none"])]
     tests: Any = DescrStatsW(primary)
     return f"""\
