@@ -36,6 +36,7 @@ class Display:
         self._evaluation = evaluation
         self._done = 0
         self._effect = experiment.effect
+        self._validation = experiment.validation_size > 0
         self._curves = {
             name: Curve() for name in ("loss", "gradient std", "scale factor", "norm ratio")
         }
@@ -95,7 +96,8 @@ class Display:
         self._epoch = self._progress.add_task("step", total=self._steps_per_epoch, note="")
         self._evaluating = self._progress.add_task("evaluating", total=None, visible=False, note="")
         self._last_line = time.monotonic()
-        header = "epoch  train loss  test loss  accuracy  grad std   scale  "
+        validation = "validation  " if self._validation else ""
+        header = f"epoch  train loss  {validation}test loss  accuracy  grad std   scale  "
         last = "ratio  cosine" if self._effect else "images/s"
         self.say(f"{header}{last}     left", "bold")
         if self._is_live:
@@ -147,13 +149,15 @@ class Display:
         self._progress.update(self._epoch, visible=True)
         self._progress.update(self._run, completed=self._completed(record["step"], record["epoch"]))
         scale = record["scale_factor"]
+        validation = f"{record['validation_loss']:10.4f}  " if self._validation else ""
         last = (
             f"{record['update_norm_ratio']:5.3f}  {record['update_cosine']:6.3f}"
             if self._effect
             else f"{record['images_per_second']:8.0f}"
         )
         self.say(
-            f"{record['epoch']:5}  {record['train_loss']:10.4f}  {record['test_loss']:9.4f}  "
+            f"{record['epoch']:5}  {record['train_loss']:10.4f}  {validation}"
+            f"{record['test_loss']:9.4f}  "
             f"{record['test_accuracy']:8.2%}  {record['global_std']:8.2e}  "
             f"{'-' if scale is None else format(scale, '.4f'):>6}  {last}  "
             f"{self._left():>7}"
