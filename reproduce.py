@@ -49,6 +49,7 @@ class What:
     preset: Annotated[Preset | None, NO_HINT] = None
     """A study that is fixed in the code (default: digits):
     - digits: the methods and models of the paper's Table 1, on a small data set
+    - digits-rates: each method at its best learning rate, chosen by validation images
     - ablation: the method's parts, before AdamW and before SGD
     - vit: a Vision Transformer
     - cifar100: does it help on CIFAR-100, and why; 20 epochs
@@ -216,7 +217,8 @@ def show(study: Study, runs: Table, found: Table) -> None:
     if study.runs:
         Console(highlight=False).print(Markdown(runs_section(runs)))
     for _, row in found.iterrows():
-        print(f"{row['group']}: {row['label']}: {difference(row)} points, {row['n']} seeds")
+        text = f"{difference(row, study.outcome)} {study.outcome.units}"
+        print(f"{row['group']}: {row['label']}: {text}, {row['n']} seeds")
 
 
 class Work(NamedTuple):

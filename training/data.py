@@ -215,10 +215,8 @@ def _subset(
     if train_size is None:
         order = np.roll(order, -validation_size)
         train_size = len(labels) - validation_size
-    keep, held_out = (
-        np.sort(chosen)
-        for chosen in (order[:train_size], order[train_size : train_size + validation_size])
-    )
+    bounds = [train_size, train_size + validation_size]
+    keep, held_out, _ = map(np.sort, np.split(order, bounds))
     return dataclasses.replace(
         dataset,
         train_images=dataset.train_images[keep],

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import cifar100, short, write
+from synthetic import cifar100, short, write, write_tuned
 
 from reproduction import figures
 from reproduction.presets import PAPER_METHODS, PRESETS
@@ -77,6 +77,18 @@ def test_accuracy_is_drawn_against_the_learning_rate_with_every_seed(tmp_path):
     dots = [line for line in axes.lines if line.get_linestyle() == "None"]
     assert [len(line.get_xdata()) for line in dots] == [6, 6]
     assert found["weight_decay"].axes[0].get_xscale() == "symlog"  # 0 is among them
+
+
+def test_validation_loss_is_drawn_where_there_are_validation_images(tmp_path):
+    with drawn(write_tuned(tmp_path), tmp_path) as found:
+        (axes,) = found["learning_rate"].axes
+        (forest,) = found["differences"].axes
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("validation loss", "log")
+    means = next(line for line in axes.lines if line.get_label() == "Autoscale")
+    assert means.get_xydata().tolist() == pytest.approx(
+        np.array([[1e-3, 3.6], [2e-3, 2.6], [4e-3, 0.6]])
+    )
+    assert forest.get_xlabel() == "nats of test loss"
 
 
 def test_the_forest_shows_intervals_and_seeds_and_the_paper(tmp_path):
