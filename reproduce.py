@@ -52,7 +52,10 @@ class What:
     - digits-rates: each method at its best learning rate, chosen by validation images
     - ablation: the method's parts, before AdamW and before SGD
     - vit: a Vision Transformer
+    - vit-rates: the same, each method at its best learning rate
     - cifar100: does it help on CIFAR-100, and why; 20 epochs
+    - cifar100-rates: against the learning rate and the penalty; 20 epochs
+    - cifar100-length: AdamW and Adam + L2, one run each, at the paper's 200 epochs
     - paper: the paper's own scale"""
     name: Annotated[str | None, NO_HINT] = None
     """Name of a study of your own: every combination of the options below. Given again, it resumes
@@ -269,8 +272,14 @@ def make_folder(folder: Path) -> None:
 
 def with_seeds(experiments: Sequence[Experiment], seeds: int) -> list[Experiment]:
     """The same runs with another number of seeds."""
-    kinds = dict.fromkeys(dataclasses.replace(each, seed=0) for each in experiments)
-    return [dataclasses.replace(each, seed=seed) for seed in range(seeds) for each in kinds]
+    first: dict[Experiment, int] = {}
+    for each in experiments:
+        first.setdefault(dataclasses.replace(each, seed=0), each.seed)
+    return [
+        dataclasses.replace(kind, seed=start + number)
+        for number in range(seeds)
+        for kind, start in first.items()
+    ]
 
 
 def make_missing(work: Work) -> list[InUse]:

@@ -77,12 +77,18 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
     text = f", with 95% intervals; dots are the seeds, the band is {outcome.within} on each side."
     title = f"Differences in {outcome.label}"
     show("differences", groups(known), partial(forests, outcome=outcome), title, text)
+    drawn = done
+    if study.beside:
+        other = table(PRESETS[study.beside], folder.parent / study.beside)
+        other = other[(other["state"] == "finished") & (other["repeat"] == "")]
+        drawn = pd.concat([done, other[other["method"].isin(done["method"])]])
     validated = runs["validation_size"].any()  # then test images are for the chosen runs only
     for name in ("learning_rate", "weight_decay"):
         quantity = "Validation loss" if validated else "Test accuracy"
         title = f"{quantity} against the {name.replace('_', ' ')}"
         text = "; lines are means over seeds, dots the seeds."
-        show(name, varied(done, name), partial(against, name=name), title, text)
+        text += f" The runs of the study {study.beside} are among them." * bool(study.beside)
+        show(name, varied(drawn, name), partial(against, name=name), title, text)
     runs, done = runs[runs["chosen"]], done[done["chosen"]]
     if study.preset:
         traced = done[done["method"] == "autoscale"]

@@ -89,6 +89,7 @@ class Study(NamedTuple):
     plan: str = ""  # hypotheses, tests and margins, fixed before the runs
     preset: bool = False
     fixed_before: bool = True  # whether the tests were chosen before the first run
+    beside: str = ""  # a preset whose runs are in the figures by learning rate and penalty as well
     runs: tuple[Path, ...] = ()  # folders of train.py that it is made of, in place of a grid
 
     def group(self, experiment: Experiment) -> str:
@@ -122,7 +123,8 @@ def describe(experiment: Experiment, name: str) -> str:
         case "method":
             return method_label(value, it.optimizer)
         case "tag":
-            return re.sub(r"\blr(?=\d)", "learning rate ", value.replace("penalty", "penalty x"))
+            words = value.replace("penalty", "penalty x").replace("-lr", ", lr")
+            return re.sub(r"\blr(?=\d)", "learning rate ", words)
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{name.replace('_', ' ')} {text}"
 
