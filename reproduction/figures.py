@@ -82,7 +82,7 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
         other = table(PRESETS[study.beside], folder.parent / study.beside)
         other = other[(other["state"] == "finished") & (other["repeat"] == "")]
         drawn = pd.concat([done, other[other["method"].isin(done["method"])]])
-    validated = runs["validation_size"].any()  # then test images are for the chosen runs only
+    validated = runs["validation_size"].any()  # then test results are for chosen runs only
     for name in ("learning_rate", "weight_decay"):
         quantity = "Validation loss" if validated else "Test accuracy"
         title = f"{quantity} against the {name.replace('_', ' ')}"

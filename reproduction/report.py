@@ -146,8 +146,8 @@ def accuracy_section(study: Study, runs: Table) -> str:
     parts = [" ".join([intro, *sorted(images)])]
     if runs["validation_size"].any():
         parts.append(
-            "Of each method's learning rates, the one with the lowest mean validation loss: the "
-            "test images were looked at for this one only."
+            "Of each method's learning rates, the one with the lowest mean validation loss; test "
+            "results are reported for this one only."
         )
     for title, each in runs[runs["chosen"]].groupby("group", sort=False):
         it = each["experiment"].iloc[0]
