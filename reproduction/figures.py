@@ -261,7 +261,10 @@ def against(figure: Figure, groups: Groups, name: str) -> None:
         axes.set_xscale("symlog", linthresh=smallest) if ticks[0] == 0 else axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_yscale("log" if validated else "linear")
+        if validated:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.set(title=textwrap.fill(title, 32), xlabel=name.replace("_", " "))
 
 
