@@ -49,9 +49,13 @@ class What:
     preset: Annotated[Preset | None, NO_HINT] = None
     """A study that is fixed in the code (default: digits):
     - digits: the methods and models of the paper's Table 1, on a small data set
+    - digits-rates: each method at its best learning rate, chosen by validation images
     - ablation: the method's parts, before AdamW and before SGD
     - vit: a Vision Transformer
+    - vit-rates: the same, each method at its best learning rate
     - cifar100: does it help on CIFAR-100, and why; 20 epochs
+    - cifar100-rates: against the learning rate and the penalty; 20 epochs
+    - cifar100-length: AdamW and Adam + L2, one run each, at the paper's 200 epochs
     - paper: the paper's own scale"""
     name: Annotated[str | None, NO_HINT] = None
     """Name of a study of your own: every combination of the options below. Given again, it resumes
@@ -216,7 +220,8 @@ def show(study: Study, runs: Table, found: Table) -> None:
     if study.runs:
         Console(highlight=False).print(Markdown(runs_section(runs)))
     for _, row in found.iterrows():
-        print(f"{row['group']}: {row['label']}: {difference(row)} points, {row['n']} seeds")
+        text = f"{difference(row, study.outcome)} {study.outcome.units}"
+        print(f"{row['group']}: {row['label']}: {text}, {row['n']} seeds")
 
 
 class Work(NamedTuple):
@@ -267,8 +272,14 @@ def make_folder(folder: Path) -> None:
 
 def with_seeds(experiments: Sequence[Experiment], seeds: int) -> list[Experiment]:
     """The same runs with another number of seeds."""
-    kinds = dict.fromkeys(dataclasses.replace(each, seed=0) for each in experiments)
-    return [dataclasses.replace(each, seed=seed) for seed in range(seeds) for each in kinds]
+    first: dict[Experiment, int] = {}
+    for each in experiments:
+        first.setdefault(dataclasses.replace(each, seed=0), each.seed)
+    return [
+        dataclasses.replace(kind, seed=start + number)
+        for number in range(seeds)
+        for kind, start in first.items()
+    ]
 
 
 def make_missing(work: Work) -> list[InUse]:

@@ -59,12 +59,15 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
         experiment.dataset,
         launch.data_dir,
         train_size=experiment.train_size,
+        validation_size=experiment.validation_size,
         seed=experiment.seed,
     )
     mesh = devices.make_mesh()
     program = Program(experiment, dataset, mesh, fsdp=launch.fsdp)
     train_data = program.put(dataset.train_images, dataset.train_labels)
-    test_data = program.put(dataset.test_images, dataset.test_labels)
+    evaluated = {"test": program.put(dataset.test_images, dataset.test_labels)}
+    if dataset.validation:
+        evaluated["validation"] = program.put(*dataset.validation)
 
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(Requests(mesh, launch.checkpoint_minutes))
@@ -96,7 +99,7 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             with display.compiling(f"{path}: {describe(mesh)}"):
                 if not done:  # shows at once whether the folder can hold checkpoints
                     checkpoints.save(0, state)
-                interruptible(lambda: program.compile(state, train_data, test_data))
+                interruptible(lambda: program.compile(state, train_data, *evaluated.values()))
             display.start(done, folder.records if folder else [])
 
         requests.begin()
@@ -123,21 +126,23 @@ def train(experiment: Experiment, launch: Launch) -> list[Record]:
             trained = time.perf_counter()
 
             if done == last:
-                display.evaluating()
-                test_loss, test_accuracy = program.evaluate(state, test_data, display.evaluated)
-                if not np.isfinite(test_loss):
-                    raise NotFinite(f"after step {last}: the test loss is {test_loss}")
+                display.evaluating(sum(len(labels) for _, labels in evaluated.values()))
+                found: dict[str, Any] = {"validation_loss": None, "validation_accuracy": None}
+                for name, images_and_labels in evaluated.items():
+                    loss, accuracy = program.evaluate(state, images_and_labels, display.evaluated)
+                    if not np.isfinite(loss):
+                        raise NotFinite(f"after step {last}: the {name} loss is {loss}")
+                    found |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
                 means = program.epoch_means(state)
                 images = (last + 1 - first) * experiment.batch_size
                 if folder:
                     record = Record(
                         epoch=epoch,
                         step=last,
-                        test_loss=test_loss,
-                        test_accuracy=test_accuracy,
                         learning_rate=program.learning_rate(epoch),
                         images_per_second=images / (trained - start),
                         seconds=time.perf_counter() - start,
+                        **found,
                         **means,
                     )
                     folder.write(record)

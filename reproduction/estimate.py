@@ -36,7 +36,7 @@ def measured_rate(experiment: Experiment) -> float:
     """The rate of a few steps on random images; it takes the time to compile the program."""
     print(f"measuring {MEASURED_STEPS} steps of {experiment.model} ...", flush=True)
     dataset = data.random_dataset(experiment.dataset)
-    one_epoch = dataclasses.replace(experiment, train_size=None, epochs=1)
+    one_epoch = dataclasses.replace(experiment, train_size=None, validation_size=0, epochs=1)
     program = Program(one_epoch, dataset, devices.make_mesh())
     train_data = program.put(dataset.train_images, dataset.train_labels)
     state, order = program.first_state(), program.epoch_order(np.int32(1))

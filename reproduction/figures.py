@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from reproduction import replacing
 from reproduction.presets import PAPER_ACCURACY, PRESETS
 from reproduction.records import Table, by_epoch, table
-from reproduction.statistics import MARGIN, differences
-from reproduction.studies import Study, describe
+from reproduction.statistics import differences
+from reproduction.studies import ACCURACY, Outcome, Study, describe
 from training.plots import STYLE, plot_layers
 
 SEEDS = "; lines are means over seeds, bands their standard deviation."
@@ -73,13 +73,23 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
     runs = runs[runs["records"].map(len) > 0]
     runs = runs.assign(look=runs["arm"].map(looks_of(runs)))
     done = runs[runs["state"] == "finished"]
-    known = found[found["value"].notna()] if len(found) else found
-    text = f", with 95% intervals; dots are the seeds, the band is {MARGIN:g} point on each side."
-    show("differences", groups(known), forests, "Differences in test accuracy", text)
+    known, outcome = found[found["value"].notna()] if len(found) else found, study.outcome
+    text = f", with 95% intervals; dots are the seeds, the band is {outcome.within} on each side."
+    title = f"Differences in {outcome.label}"
+    show("differences", groups(known), partial(forests, outcome=outcome), title, text)
+    drawn = done
+    if study.beside:
+        other = table(PRESETS[study.beside], folder.parent / study.beside)
+        other = other[(other["state"] == "finished") & (other["repeat"] == "")]
+        drawn = pd.concat([done, other[other["method"].isin(done["method"])]])
+    validated = runs["validation_size"].any()  # then test results are for chosen runs only
     for name in ("learning_rate", "weight_decay"):
-        title = f"Test accuracy against the {name.replace('_', ' ')}"
+        quantity = "Validation loss" if validated else "Test accuracy"
+        title = f"{quantity} against the {name.replace('_', ' ')}"
         text = "; lines are means over seeds, dots the seeds."
-        show(name, varied(done, name), partial(against, name=name), title, text)
+        text += f" The runs of the study {study.beside} are among them." * bool(study.beside)
+        show(name, varied(drawn, name), partial(against, name=name), title, text)
+    runs, done = runs[runs["chosen"]], done[done["chosen"]]
     if study.preset:
         traced = done[done["method"] == "autoscale"]
         if (traced["dataset"] == "cifar10").any():  # as in the paper
@@ -233,20 +243,28 @@ def varied(runs: Table, name: str) -> Groups:
 
 
 def against(figure: Figure, groups: Groups, name: str) -> None:
-    """The accuracy against an option, a line for each method, the seeds as dots."""
-    for axes, title, runs in panels(figure, groups, "test accuracy, %"):
+    """The accuracy, or the validation loss, against an option; dots are seeds, a line a method."""
+    validated = groups[0][1]["validation_loss"].notna().any()
+    column, label = "accuracy", "test accuracy, %"
+    if validated:
+        column, label = "validation_loss", "validation loss"
+    for axes, title, runs in panels(figure, groups, label):
         for method, each in runs.groupby("method", sort=False):
             color = COLORS.get(str(method), OTHER)
             line = "--" if method == "autoscale_p1" else "-"
             text = describe(each["experiment"].iloc[0], "method")
-            means = each.groupby(name)["accuracy"].mean()
+            means = each.groupby(name)[column].mean()
             axes.plot(means, line, marker="_", color=color, label=text, linewidth=1.5)
-            axes.plot(each[name], each["accuracy"], "o", color=color, markersize=3, alpha=0.6)
+            axes.plot(each[name], each[column], "o", color=color, markersize=3, alpha=0.6)
         ticks = sorted(set(runs[name]))
         smallest = min(tick for tick in ticks if tick > 0)
         axes.set_xscale("symlog", linthresh=smallest) if ticks[0] == 0 else axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+        if validated:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.set(title=textwrap.fill(title, 32), xlabel=name.replace("_", " "))
 
 
@@ -273,7 +291,7 @@ def effects(figure: Figure, groups: Groups) -> None:
         finish(axes, title, xlabel="step")
 
 
-def forests(figure: Figure, groups: Groups) -> None:
+def forests(figure: Figure, groups: Groups, outcome: Outcome) -> None:
     """The differences of each group, one below the other."""
     heights = [len(rows) + 1.4 for _, rows in groups]
     figure.set_size_inches(7, 0.5 + 0.24 * sum(heights))
@@ -281,15 +299,15 @@ def forests(figure: Figure, groups: Groups) -> None:
         len(groups), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
     )
     for axes, (title, rows) in zip(grid[:, 0], groups, strict=True):
-        forest(axes, rows, list(rows["label"]))
+        forest(axes, rows, list(rows["label"]), outcome.margin)
         axes.set_title(title, loc="right")  # it may be wider than the axes
-    grid[-1, 0].set_xlabel("points of test accuracy")
+    grid[-1, 0].set_xlabel(f"{outcome.unit}s of {outcome.label}")
 
 
-def forest(axes: Axes, rows: Table, labels: Sequence[str]) -> None:
+def forest(axes: Axes, rows: Table, labels: Sequence[str], margin: float = ACCURACY.margin) -> None:
     """Differences with their intervals and seeds."""
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.axvspan(-MARGIN, MARGIN, color="black", alpha=0.07, linewidth=0)
+    axes.axvspan(-margin, margin, color="black", alpha=0.07, linewidth=0)
     for place, (_, row) in enumerate(rows.iterrows()):
         # Without the last digits, which the version of NumPy or SciPy may change.
         value, low, high = (round(row[key], 6) for key in ("value", "low", "high"))

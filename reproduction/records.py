@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,7 +182,11 @@ def table(study: Study, folder: Path) -> Table:
       - repeat: the folder of the repetition, or "";
       - planned: whether the study has the run;
       - state: finished, diverged, unfinished, or missing;
-      - accuracy: test accuracy after the last epoch in percent, of runs that finished;
+      - accuracy, test_loss, validation_loss: after the last epoch, in percent and in nats, of runs
+        that finished;
+      - outcome: the one of them that the study compares;
+      - chosen, at_end: whether the run has its arm's best learning rate, and whether that is an
+        end of the grid; see `_choose_rates`;
       - device, device_count, commit, versions, diverged: as in the record;
       - records: the list of epochs.
 
@@ -219,6 +224,23 @@ def table(study: Study, folder: Path) -> Table:
             devices = sorted(there["device"].dropna().unique())
             titles = [", ".join([title, *devices]) for title in there["group"]]
             runs.loc[there.index, "group"] = titles
+    return _choose_rates(runs.assign(outcome=runs[study.outcome.column]))
+
+
+def _choose_rates(runs: Table) -> Table:
+    """Adds to a table each arm's learning rate with the lowest mean validation loss.
+
+    Where no images validate, all learning rates are chosen. A rate at which a planned run diverged
+    comes last, and of equals the smallest is chosen.
+    """
+    runs = runs.assign(chosen=True, at_end=False)
+    for _, arm in runs[runs["validation_size"] > 0].groupby(["repeat", "group", "arm"]):
+        losses = arm["validation_loss"].mask(arm["state"] == "diverged", math.inf)
+        means = losses[arm["planned"]].groupby(arm["learning_rate"]).mean().dropna()
+        if len(means) > 1:
+            best = means.idxmin()
+            runs.loc[arm.index, "chosen"] = arm["learning_rate"] == best
+            runs.loc[arm.index, "at_end"] = best in (means.index[0], means.index[-1])
     return runs
 
 
@@ -229,6 +251,8 @@ def _row(
     state = "missing" if run is None else "diverged" if about["diverged"] else "finished"
     if state == "finished" and len(records) < experiment.epochs:
         state = "unfinished"
+    last: Any = records[-1] if state == "finished" else {}
+    losses = {key: last.get(key) for key in ("test_loss", "validation_loss")}
     copied = ("device", "device_count", "commit", "versions", "diverged")
     return {
         **dataclasses.asdict(experiment),
@@ -238,7 +262,8 @@ def _row(
         "repeat": repeat,
         "planned": planned,
         "state": state,
-        "accuracy": 100 * records[-1]["test_accuracy"] if state == "finished" else np.nan,
+        "accuracy": 100 * last.get("test_accuracy", np.nan),
+        **{key: np.nan if loss is None else loss for key, loss in losses.items()},
         "records": records,
         **{key: about.get(key) for key in copied},
     }

@@ -10,8 +10,8 @@ import numpy as np
 from reproduction import figures, replacing
 from reproduction.presets import PAPER_ACCURACY
 from reproduction.records import Table, by_epoch, table
-from reproduction.statistics import ALPHA, MARGIN, POWER, TESTED, differences, mean_interval
-from reproduction.studies import Study
+from reproduction.statistics import ALPHA, POWER, TESTED, differences, mean_interval
+from reproduction.studies import ACCURACY, Outcome, Study
 from training import UserError
 from training.data import DATASETS
 from training.optimizers import OPTIMIZERS
@@ -42,9 +42,13 @@ def write_report(study: Study, folder: Path) -> tuple[Table, Table]:
         f"# {study.title}": summary(study, runs, folder),
         "## The plan": study.plan,
         "## Runs": runs_section(shown) if study.runs else "",
-        "## Test accuracy after the last epoch": accuracy_section(study, shown),
+        f"## {study.outcome.label.capitalize()} after the last epoch": accuracy_section(
+            study, shown
+        ),
         "## Differences": difference_section(study, found) if len(found) else "",
-        "## What each method did to the plain optimizer's steps": effect_section(shown),
+        "## What each method did to the plain optimizer's steps": effect_section(
+            shown[shown["chosen"]]
+        ),
         "## Figures": "\n\n".join(
             [f"All at the same scale: {study.scale}.", *figures.draw(study, shown, found, folder)]
         ),
@@ -58,11 +62,16 @@ def write_report(study: Study, folder: Path) -> tuple[Table, Table]:
 def summary(study: Study, runs: Table, folder: Path) -> str:
     """What was run, how much of it, and on which devices."""
     there = runs[runs["state"] != "missing"]
+    rates: dict[tuple[str, str], set[float]] = {}
+    for it in there["experiment"]:
+        before = f"{DATASETS[it.dataset].label}: {count(it.epochs, 'epoch')}, batches of "
+        before += f"{it.batch_size}, {OPTIMIZERS[it.optimizer].label}"
+        after = f"multiplied by 0.75 every {it.decay_epochs:g} epochs"
+        after += f", after {it.warmup_epochs:g} of warm-up" * (it.warmup_epochs > 0)
+        rates.setdefault((before, after), set()).add(it.learning_rate)
     recipes = {
-        f"{DATASETS[it.dataset].label}: {count(it.epochs, 'epoch')}, batches of "
-        f"{it.batch_size}, {OPTIMIZERS[it.optimizer].label} with learning rate "
-        f"{it.learning_rate:g}, multiplied by 0.75 every {it.decay_epochs:g} epochs."
-        for it in there["experiment"]
+        f"{before} with learning rate {', '.join(f'{rate:g}' for rate in sorted(values))}, {after}."
+        for (before, after), values in rates.items()
     }
     rows = []
     for _, each in runs.groupby("repeat"):
@@ -129,12 +138,18 @@ def accuracy_section(study: Study, runs: Table) -> str:
     }
     intro = (
         "In %: mean ± standard deviation over the runs that finished, their number, 95% interval "
-        "of the mean. Descriptive: the test loss, the mean accuracy of the last three epochs, the "
-        "exponents $p_t$ of the seeds in order, and the median time of a step in milliseconds "
-        "where no effect was measured, which takes time itself."
+        f"of the mean. Descriptive: {'the test loss, ' * (study.outcome == ACCURACY)}the mean "
+        "accuracy of the last three epochs, the exponents $p_t$ of the seeds in order, and the "
+        "median time of a step in milliseconds where no effect was measured, which takes time "
+        "itself."
     )
     parts = [" ".join([intro, *sorted(images)])]
-    for title, each in runs.groupby("group", sort=False):
+    if runs["validation_size"].any():
+        parts.append(
+            "Of each method's learning rates, the one with the lowest mean validation loss; test "
+            "results are reported for this one only."
+        )
+    for title, each in runs[runs["chosen"]].groupby("group", sort=False):
         it = each["experiment"].iloc[0]
         papers = PAPER_ACCURACY.get(it.model, {}) if it.optimizer == "adamw" else {}
         if it.dataset == "cifar10" or set(each["method"]) - set(papers) or not study.preset:
@@ -149,7 +164,9 @@ def accuracy_section(study: Study, runs: Table) -> str:
         parts.append("Diverged, and not in these means:")
         for _, run in diverged.iterrows():
             why = run["diverged"].partition(";")[0]
-            parts.append(f"- {run['group']}, {run['arm']}, seed {run['seed']}: {why}")
+            where = [run["group"], run["arm"]]
+            where += [f"learning rate {run['learning_rate']:g}"] * bool(run["validation_size"])
+            parts.append(f"- {', '.join(where)}, seed {run['seed']}: {why}")
     return "\n\n".join(parts)
 
 
@@ -163,12 +180,16 @@ def arm_row(arm: str, runs: Table) -> dict[str, str]:
         for _, run in runs[~runs["effect"].astype(bool)].iterrows()
         for record in run["records"]
     ]
+    rate = f"{runs['learning_rate'].iloc[0]:g}"
+    rate += ", an end of the grid" * bool(runs["at_end"].any())
     return {
         "method": arm,
+        "learning rate": rate if runs["validation_size"].any() else "-",
+        "validation loss": spread(done["validation_loss"].dropna(), 4),
         "accuracy": spread(done["accuracy"]),
         "n": f"{len(done)}",
         "95% interval": between(*mean_interval(done["accuracy"])),
-        "test loss": spread([records[-1]["test_loss"] for records in done["records"]], 3),
+        "test loss": spread(done["test_loss"], 3),
         "last three epochs": spread(last),
         "$p_t$": "-"
         if exponents.count(None) == len(exponents)
@@ -179,12 +200,13 @@ def arm_row(arm: str, runs: Table) -> dict[str, str]:
 
 def difference_section(study: Study, found: Table) -> str:
     """The differences by family."""
+    outcome = study.outcome
     parts = [
-        "In points. Differences are taken within seeds: methods share initial parameters and "
-        "batches. A linear model of seed and method gives them, with one residual variance for the "
-        f"methods of a table. *n* seeds have all of the methods. *TOST p* below {ALPHA:g}, in a "
-        "family divided by its size, shows equivalence within "
-        f"{MARGIN:g} point, and the interval beside it then lies within that margin. *Detectable* "
+        f"In {outcome.units}. Differences are taken within seeds: methods share initial parameters "
+        "and batches. A linear model of seed and method gives them, with one residual variance for "
+        f"the methods of a table. *n* seeds have all of the methods. *TOST p* below {ALPHA:g}, in "
+        "a family divided by its size, shows equivalence within "
+        f"{outcome.within}, and the interval beside it then lies within that margin. *Detectable* "
         f"is the true difference that the test finds with a probability of {POWER:.0%}. Welch's "
         "interval ignores the pairing, and is descriptive."
     ]
@@ -207,15 +229,16 @@ def difference_section(study: Study, found: Table) -> str:
             if kind in TESTED and missing:
                 parts.append(f"Not tested yet; planned runs that are missing: {missing}.")
             else:
-                parts.append(difference_table(rows, size, kind in TESTED))
+                parts.append(difference_table(rows, size, kind in TESTED, outcome))
     return "\n\n".join(parts)
 
 
-def difference_table(rows: Table, size: int, tested: bool) -> str:
+def difference_table(rows: Table, size: int, tested: bool, outcome: Outcome) -> str:
     """The contrasts of a family in one group."""
-    lines = []
+    lines, form = [], f"+z.{outcome.digits}f"
     for _, row in rows.iterrows():
-        line = {"in points": row["label"], "difference (95% interval)": difference(row)}
+        line = {f"in {outcome.units}": row["label"]}
+        line["difference (95% interval)"] = difference(row, outcome)
         line["n"] = f"{row['n']}"
         if tested:
             corrected = p_value(row["corrected"])
@@ -225,16 +248,17 @@ def difference_table(rows: Table, size: int, tested: bool) -> str:
             )
             line["TOST p"] = p_value(row["equivalence"])
             level = f"{100 * (1 - 2 * ALPHA / size):.3g}% interval"
-            line[level] = between(row["inner_low"], row["inner_high"], "+z.2f")
+            line[level] = between(row["inner_low"], row["inner_high"], form)
             known = not math.isnan(row["detectable"])
-            line["detectable"] = f"{row['detectable']:.1f}" if known else "-"
-        line["Welch's 95% interval"] = between(row["welch_low"], row["welch_high"], "+z.2f")
+            line["detectable"] = f"{row['detectable']:.{outcome.digits - 1}f}" if known else "-"
+        line["Welch's 95% interval"] = between(row["welch_low"], row["welch_high"], form)
         lines.append(line)
     return markdown(lines)
 
 
-def difference(row: Table) -> str:
+def difference(row: Table, outcome: Outcome) -> str:
     """A difference with its interval; or, if runs diverged, how often each method is above."""
+    form = f"+z.{outcome.digits}f"
     if any(row["diverged"]):
         seeds = row["above"] + row["below"] + row["ties"]
         return (
@@ -242,8 +266,8 @@ def difference(row: Table) -> str:
             f"in {row['below']} of {count(seeds, 'seed')}"
         )
     if math.isnan(row["error"]):
-        return "-" if math.isnan(row["value"]) else f"{row['value']:+z.2f}"
-    return f"{row['value']:+z.2f} ({between(row['low'], row['high'], '+z.2f')})"
+        return "-" if math.isnan(row["value"]) else f"{row['value']:{form}}"
+    return f"{row['value']:{form}} ({between(row['low'], row['high'], form)})"
 
 
 def effect_section(runs: Table) -> str:

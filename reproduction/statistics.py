@@ -11,13 +11,13 @@ compared within seeds. What is fixed here, before the runs:
   small arms enough degrees of freedom, and assumes that all arms have the same variance.
 - *Three different questions.* The interval says which differences are compatible with the runs;
   equivalence (two one-sided tests, Schuirmann 1987) whether the difference has been shown to be
-  smaller than ``MARGIN``; the detectable difference how large a true one had to be for the test to
-  find it. "Not significant" is neither "equal" nor "equivalent".
-- *Divergence* is an outcome, and the worst. If a run of either arm diverged, its accuracy does not
+  smaller than the outcome's margin; the detectable difference how large a true one had to be for
+  the test to find it. "Not significant" is neither "equal" nor "equivalent".
+- *Divergence* is an outcome, and the worst. If a run of either arm diverged, its outcome does not
   exist, and a mean over the others would reward an arm for losing its hardest seeds. So the t-test
   and equivalence are not made, and an exact sign test over all shared seeds decides instead: a
-  diverged run is below every finished one, and two of them are a tie. It needs at least 6 seeds to
-  reach 0.05.
+  diverged run is worse than every finished one, and two of them are a tie. It needs at least 6
+  seeds to reach 0.05.
 - *A contrast is tested once*, when all planned runs of its pool are in.
 """
 
@@ -36,12 +36,11 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
 from reproduction.records import Table
-from reproduction.studies import Family, Study
+from reproduction.studies import ACCURACY, Family, Study
 from training.options import Experiment
 
 ALPHA = 0.05
 POWER = 0.8
-MARGIN = 1.0  # points of accuracy; a smaller difference would not decide which method to use
 RESOLUTION = 1e-9  # a spread below it is rounding: accuracies differ by whole images
 
 TESTED = ("primary", "family")
@@ -56,7 +55,8 @@ def differences(study: Study, runs: Table) -> Table:
       runs: its table of runs, from `records.table`.
 
     Returns:
-      A row for each contrast of each group, by family. In points of accuracy:
+      A row for each contrast of each group, by family. In the units of the study's outcome, and of
+      the runs at the learning rates that were chosen:
 
       - family, kind, group, repeat, label: which contrast it is, such as "Autoscale minus AdamW";
       - missing: the planned runs that its test waits for; while there are any, there is no number;
@@ -85,7 +85,8 @@ def differences(study: Study, runs: Table) -> Table:
     if not rows:
         return pd.DataFrame()
     by_family = pd.DataFrame(rows).groupby(["repeat", "family"], sort=False)
-    return pd.concat([_corrected(family) for _, family in by_family], ignore_index=True)
+    corrected = [_corrected(family, study.outcome.margin) for _, family in by_family]
+    return pd.concat(corrected, ignore_index=True)
 
 
 def arms_of(runs: Table) -> dict[str, Experiment]:
@@ -104,8 +105,8 @@ def _family(
     if missing and not study.preset:
         kind = "descriptive"  # a study of one's own shows what there is, and tests nothing
     waits = missing > 0 and kind in TESTED
-    there = pool[pool["state"].isin(() if waits else ("finished", "diverged"))]
-    model = models[arms] = models.get(arms) or Model(there)
+    there = pool[pool["state"].isin(() if waits else ("finished", "diverged")) & pool["chosen"]]
+    model = models[arms] = models.get(arms) or Model(there, study.outcome.diverged)
     where = {key: runs[key].iloc[0] for key in ("group", "repeat")}
     return [
         where
@@ -122,11 +123,11 @@ def _over_devices(study: Study, runs: Table) -> list[tuple[list[Family], pd.Data
     if runs["repeat"].nunique() > 1:
         for _, there in runs.groupby(list(study.groups), sort=False):
             for family in study.families(arms_of(there)):
-                pool = there[there["arm"].isin(family.pool)]
-                if family.kind == "primary" and pool["accuracy"].notna().all():
+                pool = there[there["arm"].isin(family.pool) & there["chosen"]]
+                if family.kind == "primary" and pool["outcome"].notna().all():
                     title = study.group(pool["experiment"].iloc[0]) + ", mean over devices"
-                    mean = pool.groupby(["arm", "seed"], as_index=False)["accuracy"].mean()
-                    mean = mean.assign(state="finished", group=title, repeat="all")
+                    mean = pool.groupby(["arm", "seed"], as_index=False)["outcome"].mean()
+                    mean = mean.assign(state="finished", chosen=True, group=title, repeat="all")
                     found.append(([family._replace(kind="descriptive")], mean))
     return found
 
@@ -142,27 +143,27 @@ def label(weights: Weights) -> str:
 
 
 class Model:
-    """The linear model: accuracy = seed + arm + residual, by least squares.
+    """The linear model: outcome = seed + arm + residual, by least squares.
 
     The design may be unbalanced. Runs that diverged are left out of it, and a seed with a single
     run carries no information about differences.
 
     Args:
-      runs: rows with arm, seed, and accuracy in percent, NaN for a run that diverged. Each arm is
-        an experiment of its own: one whose runs equal another's to the bit would count the same
-        residuals twice.
+      runs: rows with arm, seed, and outcome, NaN for a run that diverged. Each arm is an experiment
+        of its own: one whose runs equal another's to the bit would count the same residuals twice.
+      diverged: the outcome of a run that diverged, in the sign test.
     """
 
-    def __init__(self, runs: Table):
-        self._runs = runs
-        finished = runs.dropna(subset=["accuracy"])
-        self._by_seed = runs.pivot(index="seed", columns="arm", values="accuracy")
+    def __init__(self, runs: Table, diverged: float = ACCURACY.diverged):
+        self._runs, self._diverged = runs, diverged
+        finished = runs.dropna(subset=["outcome"])
+        self._by_seed = runs.pivot(index="seed", columns="arm", values="outcome")
         self._fit: Any = None
         with warnings.catch_warnings():
             # Some contrasts may be determined all the same: `_estimate` knows which.
             warnings.simplefilter("ignore", SingularMatrixWarning)
             if len(finished):
-                self._fit = ols("accuracy ~ 0 + C(arm) + C(seed)", finished).fit()
+                self._fit = ols("outcome ~ 0 + C(arm) + C(seed)", finished).fit()
 
     def contrast(self, weights: Weights) -> dict[str, Any]:
         """A contrast of arms, with the columns of `differences` that concern it alone.
@@ -175,8 +176,8 @@ class Model:
 
         Example:
           >>> arms, seeds = ["A"] * 3 + ["B"] * 3, [0, 1, 2] * 2
-          >>> accuracies = [51.0, 54.0, 51.0, 50.0, 52.0, 51.0]
-          >>> runs = pd.DataFrame({"arm": arms, "seed": seeds, "accuracy": accuracies})
+          >>> outcomes = [51.0, 54.0, 51.0, 50.0, 52.0, 51.0]
+          >>> runs = pd.DataFrame({"arm": arms, "seed": seeds, "outcome": outcomes})
           >>> found = Model(runs).contrast({"A": 1, "B": -1})
           >>> round(found["value"], 3), round(found["p_value"], 3), found["n"]
           (1.0, 0.225, 3)
@@ -187,16 +188,16 @@ class Model:
         by_seed = (arms.dropna() * pd.Series(weights)).sum(axis=1)
         value, error, df = self._estimate(weights)
         half = stats.t.isf(ALPHA / 2, df) * error
-        # A diverged run is below every finished one.
+        # A diverged run is worse than every finished one.
         there = {arm: self._runs[self._runs["arm"] == arm].set_index("seed") for arm in weights}
-        diverged = tuple(int(runs["accuracy"].isna().sum()) for runs in there.values())
-        first, second, *_ = (runs["accuracy"].fillna(-1) for runs in there.values())
+        diverged = tuple(int(runs["outcome"].isna().sum()) for runs in there.values())
+        first, second, *_ = (runs["outcome"].fillna(self._diverged) for runs in there.values())
         signs = np.sign(first - second).dropna()  # of the seeds that both have
         above, below = int((signs > 0).sum()), int((signs < 0).sum())
         p_value = float(2 * stats.t.sf(abs(value / error), df))
         if any(diverged):
             p_value = sign_test(above, below)
-        samples = [runs["accuracy"].dropna() for runs in there.values()]
+        samples = [runs["outcome"].dropna() for runs in there.values()]
         welch_low, welch_high = welch(*samples) if len(samples) == 2 else (math.nan, math.nan)
         return {
             **{"value": value, "low": value - half, "high": value + half},
@@ -223,14 +224,14 @@ class Model:
         return value, error, df
 
 
-def _corrected(family: Table) -> Table:
+def _corrected(family: Table, margin: float) -> Table:
     """A family with what depends on its size."""
     tested = family["kind"].isin(TESTED).all()
     size = len(family) if tested else 1
     df, error, p_value = family["df"], family["error"], family["p_value"]
     sure = ~family["diverged"].map(any)  # a difference of means exists
-    above = stats.t.sf((family["value"] + MARGIN) / error, df)
-    below = stats.t.cdf((family["value"] - MARGIN) / error, df)
+    above = stats.t.sf((family["value"] + margin) / error, df)
+    below = stats.t.cdf((family["value"] - margin) / error, df)
     half = stats.t.isf(ALPHA / size, df) * error
     detectable = [
         noncentrality(each, ALPHA / size) * scale for each, scale in zip(df, error, strict=True)

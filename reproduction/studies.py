@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -30,6 +31,28 @@ NO_HINT = tyro.conf.arg(help_behavior_hint="")  # of a default that the help des
 
 Kind = Literal["primary", "family", "descriptive", "exploratory"]
 Arms = Mapping[str, Experiment]  # by label, the first run of each
+
+
+class Outcome(NamedTuple):
+    """What a study compares, after the last epoch."""
+
+    column: str  # of `records.table`
+    label: str
+    unit: str
+    units: str  # in headings
+    digits: int  # after the point, of differences
+    margin: float  # of equivalence: a smaller difference would not decide which method to use
+    diverged: float  # that of a run that diverged, in the sign test: worse than any other
+
+    @property
+    def within(self) -> str:
+        """The margin in words."""
+        return f"{self.margin:g} {self.unit}{'s' * (self.margin != 1)}"
+
+
+ACCURACY = Outcome("accuracy", "test accuracy", "point", "points", 2, 1.0, -1.0)
+# The margin is the standard deviation between seeds on digits, before the learning rate was tuned.
+LOSS = Outcome("test_loss", "test loss", "nat", "nats of test loss", 4, 0.03, 1e9)
 
 
 class Family(NamedTuple):
@@ -62,9 +85,11 @@ class Study(NamedTuple):
     groups: tuple[str, ...] = ("dataset", "optimizer", "model")  # options that tell groups apart
     arms: tuple[str, ...] = ("method",)  # options that tell arms apart
     families: Callable[[Arms], list[Family]] = versus_plain
+    outcome: Outcome = ACCURACY
     plan: str = ""  # hypotheses, tests and margins, fixed before the runs
     preset: bool = False
     fixed_before: bool = True  # whether the tests were chosen before the first run
+    beside: str = ""  # a preset whose runs are in the figures by learning rate and penalty as well
     runs: tuple[Path, ...] = ()  # folders of train.py that it is made of, in place of a grid
 
     def group(self, experiment: Experiment) -> str:
@@ -98,7 +123,8 @@ def describe(experiment: Experiment, name: str) -> str:
         case "method":
             return method_label(value, it.optimizer)
         case "tag":
-            return value.replace("penalty", "penalty x")
+            words = value.replace("penalty", "penalty x").replace("-lr", ", lr")
+            return re.sub(r"\blr(?=\d)", "learning rate ", words)
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{name.replace('_', ' ')} {text}"
 
@@ -176,11 +202,15 @@ def of_grid(name: str, experiment: Experiment, axes: Axes) -> Study:
     """A study of one's own."""
     runs, axes = grid(experiment, axes), axes.resolve(experiment)
     several = {"learning_rate": axes.learning_rates, "weight_decay": axes.weight_decays}
+    outcome, it = ACCURACY, experiment
+    if it.validation_size:  # which chooses each method's learning rate
+        del several["learning_rate"]
+        outcome = LOSS
     more = [key for key, values in several.items() if len(values) > 1]
-    data = DATASETS[experiment.dataset]
-    images = experiment.train_size or data.num_train
-    scale = f"{data.label}, {images:,} training images, {experiment.epochs} epochs"
-    return Study(name, name, runs, scale, ("dataset", "optimizer", "model", *more))
+    label = DATASETS[it.dataset].label
+    scale = f"{label}, {it.num_train:,} training images, {it.epochs} epochs"
+    groups = ("dataset", "optimizer", "model", *more)
+    return Study(name, name, runs, scale, groups, outcome=outcome)
 
 
 def of_runs(name: str, runs: Mapping[Path, Experiment]) -> Study:
@@ -271,9 +301,8 @@ def extend(name: str, begun: Begun, experiment: Experiment, axes: Axes) -> Axes:
 def cost(experiment: Experiment) -> float:
     """The duration of a run up to a factor: its multiply-adds."""
     data = DATASETS[experiment.dataset]
-    images = experiment.train_size or data.num_train
     area = (data.image_size / 32) ** 2
-    return experiment.epochs * images * area * MODELS[experiment.model].multiply_adds
+    return experiment.epochs * experiment.num_train * area * MODELS[experiment.model].multiply_adds
 
 
 def same_results(experiment: Experiment) -> Experiment:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests import pages
 from tests.programs import ARGS, ROOT, contents, epochs, finish, main, refused, shrunk, start
+from training import data
 from training.optimizers import METHODS
 from training.options import Experiment
 from training.record import Record, read_records
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.slow
 def run(tmp_path_factory) -> tuple[Path, str]:
     """A short run from the command line, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "short"
-    args = ["--train-size", "300", "--epochs", "2", "--seed", "3", "--effect", "--out", out]
+    args = ["--train-size", "300", "--validation-size", "100", "--epochs", "2", "--seed", "3"]
+    args += ["--effect", "--out", out]
     stdout, stderr = finish(start(*args, number=0))
     assert stderr == ""
     return out, stdout
@@ -54,10 +56,17 @@ def test_the_saved_model_predicts_as_recorded(run, tmp_path, monkeypatch):
     folder.parent.mkdir()
     folder.symlink_to(run[0])
     monkeypatch.chdir(tmp_path)
+    digits = data.load("digits", train_size=300, validation_size=100, seed=3)
+    assert digits.validation
+    last = read_records(run[0])[-1]
     with shrunk():
         names = pages.run(pages.DOCS / "training.md")
-    accuracy = np.mean(names["predictions"] == names["digits"].test_labels)
-    assert accuracy == pytest.approx(read_records(run[0])[-1]["test_accuracy"])
+        logits = {"test": names["logits"], "validation": names["model"](digits.validation[0])}
+    for name, labels in (("test", digits.test_labels), ("validation", digits.validation[1])):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits[name], labels)
+        assert losses.mean() == pytest.approx(last[f"{name}_loss"], rel=1e-4)
+        accuracy = np.mean(np.argmax(logits[name], axis=1) == labels)
+        assert accuracy == pytest.approx(last[f"{name}_accuracy"])
 
 
 def test_pictures_can_be_opened(run):
@@ -69,7 +78,13 @@ def test_pictures_can_be_opened(run):
 
 def test_tensorboard_has_the_records(run):
     (file,) = (run[0] / "tensorboard").iterdir()
-    names = ["test/accuracy", "autoscale/scale_factor", "effect/update_cosine"]
+    names = [
+        "test/accuracy",
+        "validation/loss",
+        "validation/accuracy",
+        "autoscale/scale_factor",
+        "effect/update_cosine",
+    ]
     for name in [*names, *(f"layer_std/{layer}" for layer in read_records(run[0])[0]["layer_std"])]:
         assert file.read_bytes().count(name.encode()) == 2
 
@@ -81,7 +96,8 @@ def test_what_is_printed(run):
     records = read_records(folder)
     for row, record in zip(rows, records, strict=True):
         assert f"{record['test_accuracy']:.2%}" in row
-        assert f"{record['train_loss']:.4f}" in row
+        for name in ("train", "validation", "test"):
+            assert f"{record[f'{name}_loss']:.4f}" in row
     accuracy = records[-1]["test_accuracy"]
     assert re.fullmatch(rf"Test accuracy {accuracy:.2%} after 2 epochs in \d:\d\d:\d\d", result)
     assert pictures == f"Pictures: {folder}/{{curves,gradients,layers}}.png"
@@ -115,6 +131,7 @@ def test_a_run_that_meets_nan_says_where_and_keeps_what_it_has(
         (["--batch-size", "2000"], "--batch-size is 2000; it must be at most 1437"),
         (["--process-id", "1"], "--coordinator, --num-processes and --process-id go together"),
         (["--train-size", "3"], "--train-size 3 is invalid"),
+        (["--validation-size", "1430"], "--validation-size 1430 is invalid: digits allows at most"),
         (["--learning-rate", "nan"], "--learning-rate is nan; it should"),
         (["--epochs", "2147483647"], "--epochs is 2147483647; it must be at most 97612893"),
         (["--out", "caf\udce9"], "--out is 'caf"),

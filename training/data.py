@@ -68,11 +68,13 @@ class Dataset:
     num_classes: int
     mean: tuple[float, ...]  # as those of `DatasetSpec`
     std: tuple[float, ...]
+    validation: tuple[np.ndarray, np.ndarray] | None = None  # images and labels, not trained on
 
     def digest(self) -> str:
         """A hash of all images and labels, to tell data sets of the same size apart."""
         found = hashlib.blake2b(digest_size=16)
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        for array in (*arrays, *(self.validation or ())):
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
@@ -82,6 +84,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     *,
     train_size: int | None = None,
+    validation_size: int = 0,
     seed: int = 0,
 ) -> Dataset:
     """Loads a data set.
@@ -91,20 +94,23 @@ def load(
       data_dir: the folder of the TensorFlow Datasets; CIFAR is downloaded there (170 MB) if it is
         missing. Default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       train_size: the number of training images to keep, balanced over the classes. With the same
-        seed, a larger subset contains a smaller one. Default: all.
+        seed, a larger subset contains a smaller one. Default: all but the validation images.
+      validation_size: the number of other training images, balanced as well, to validate with.
       seed: of the choice of images.
 
     Returns:
-      The data set. `mean` and `std` are those of all training images, whatever `train_size`.
+      The data set. `mean` and `std` are those of all training images, whatever the sizes.
 
     Raises:
       DataError: if there is no such data set, it cannot be read or downloaded, a package is
-        missing, or `train_size` is out of range.
+        missing, or a size is out of range.
     """
     if name not in DATASETS:
         raise DataError(f"there is no data set {name!r}, only {', '.join(DATASETS)}")
     dataset = _digits() if name == "digits" else _cifar(name, data_dir)
-    return dataset if train_size is None else _subset(dataset, name, train_size, seed)
+    if train_size is None and not validation_size:
+        return dataset
+    return _subset(dataset, name, train_size, validation_size, seed)
 
 
 def random_dataset(name: str, num_train: int | None = None) -> Dataset:
@@ -188,21 +194,37 @@ def _described(name: str, *arrays: np.ndarray) -> Dataset:
     return Dataset(*arrays, num_classes=spec.num_classes, mean=spec.mean, std=spec.std)
 
 
-def _subset(dataset: Dataset, name: str, train_size: int, seed: int) -> Dataset:
+def _subset(
+    dataset: Dataset, name: str, train_size: int | None, validation_size: int, seed: int
+) -> Dataset:
     labels, num_classes = dataset.train_labels, dataset.num_classes
-    if not num_classes <= train_size <= len(labels):
+    if train_size is not None and not num_classes <= train_size <= len(labels):
         raise DataError(
             f"--train-size {train_size} is invalid: {name} allows "
             f"{num_classes} (one of each class) to {len(labels)} (all of them)"
+        )
+    if validation_size > (most := len(labels) - (train_size or num_classes)):
+        kept = "one of each class" if train_size is None else f"--train-size {train_size}"
+        raise DataError(
+            f"--validation-size {validation_size} is invalid: {name} allows at most {most} beside "
+            f"{kept}"
         )
     rng = np.random.default_rng(seed)
     rank = np.empty_like(labels)  # of each image within its class, at random
     for label, count in enumerate(np.bincount(labels, minlength=num_classes)):
         rank[labels == label] = rng.permutation(count)
     # By rank: one image of every class before the second of any class.
-    keep = np.sort(np.argsort(rank, kind="stable")[:train_size])
+    order = np.argsort(rank, kind="stable")
+    if train_size is None:
+        order = np.roll(order, -validation_size)
+        train_size = len(labels) - validation_size
+    bounds = [train_size, train_size + validation_size]
+    keep, held_out, _ = map(np.sort, np.split(order, bounds))
     return dataclasses.replace(
-        dataset, train_images=dataset.train_images[keep], train_labels=labels[keep]
+        dataset,
+        train_images=dataset.train_images[keep],
+        train_labels=labels[keep],
+        validation=(dataset.train_images[held_out], labels[held_out]) if validation_size else None,
     )
 
 

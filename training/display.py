@@ -36,6 +36,7 @@ class Display:
         self._evaluation = evaluation
         self._done = 0
         self._effect = experiment.effect
+        self._validation = experiment.validation_size > 0
         self._curves = {
             name: Curve() for name in ("loss", "gradient std", "scale factor", "norm ratio")
         }
@@ -95,7 +96,8 @@ class Display:
         self._epoch = self._progress.add_task("step", total=self._steps_per_epoch, note="")
         self._evaluating = self._progress.add_task("evaluating", total=None, visible=False, note="")
         self._last_line = time.monotonic()
-        header = "epoch  train loss  test loss  accuracy  grad std   scale  "
+        validation = "validation  " if self._validation else ""
+        header = f"epoch  train loss  {validation}test loss  accuracy  grad std   scale  "
         last = "ratio  cosine" if self._effect else "images/s"
         self.say(f"{header}{last}     left", "bold")
         if self._is_live:
@@ -134,19 +136,22 @@ class Display:
                 f"epoch {epoch + 1}, step {step}/{self._steps}: {measured}  {self._left()} left"
             )
 
-    def evaluating(self) -> None:
-        """Shows that an evaluation is going on, until `epoch` is called."""
+    def evaluating(self, images: int) -> None:
+        """Shows that these many images are evaluated, until `epoch` is called."""
         self._progress.update(self._epoch, visible=False)
-        self._progress.reset(self._evaluating, visible=True, note="")
+        self._progress.reset(self._evaluating, visible=True, total=images, note="")
+        self._images, self._evaluated = images, 0
 
-    def evaluated(self, images: int, of: int) -> None:
-        """Shows how many of the test images are evaluated."""
-        note = f"{images}/{of} images"
-        epoch = self._done // self._steps_per_epoch
-        self._progress.update(self._evaluating, completed=images, total=of, note=note)
-        self._progress.update(
-            self._run, completed=self._completed(self._done, epoch - 1 + images / of)
+    def evaluated(self, images: int) -> None:
+        """Shows that these many more images are evaluated."""
+        self._evaluated += images
+        note, epoch = (
+            f"{self._evaluated}/{self._images} images",
+            self._done // self._steps_per_epoch,
         )
+        self._progress.update(self._evaluating, completed=self._evaluated, note=note)
+        evaluations = epoch - 1 + self._evaluated / self._images
+        self._progress.update(self._run, completed=self._completed(self._done, evaluations))
         if self._is_due():
             self.say(f"epoch {epoch}, evaluating: {note}  {self._left()} left")
 
@@ -156,13 +161,15 @@ class Display:
         self._progress.update(self._epoch, visible=True)
         self._progress.update(self._run, completed=self._completed(record["step"], record["epoch"]))
         scale = record["scale_factor"]
+        validation = f"{record['validation_loss']:10.4f}  " if self._validation else ""
         last = (
             f"{record['update_norm_ratio']:5.3f}  {record['update_cosine']:6.3f}"
             if self._effect
             else f"{record['images_per_second']:8.0f}"
         )
         self.say(
-            f"{record['epoch']:5}  {record['train_loss']:10.4f}  {record['test_loss']:9.4f}  "
+            f"{record['epoch']:5}  {record['train_loss']:10.4f}  {validation}"
+            f"{record['test_loss']:9.4f}  "
             f"{record['test_accuracy']:8.2%}  {record['global_std']:8.2e}  "
             f"{'-' if scale is None else format(scale, '.4f'):>6}  {last}  "
             f"{self._left():>7}"

@@ -76,11 +76,13 @@ class Experiment:
     tag: Annotated[str, Field(pattern=r"^[\w.+-]*$"), no_default] = ""
     """Suffix of the run's name, to tell variants apart: letters, digits and . + - _"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Random seed of initial parameters, batches, augmentation and --train-size."""
+    """Random seed of initial parameters, batches, augmentation and subsets."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's computations; parameters and statistics are float32."""
     train_size: Annotated[int | None, no_default] = None
     """Number of training images to use, the same of each class (default: all)."""
+    validation_size: Annotated[int, Field(ge=0)] = 0
+    """Number of other training images: evaluated after every epoch, as the test images are."""
     effect: Flag = False
     """Measure how each update differs from the plain optimizer's on the same gradients."""
 
@@ -89,6 +91,11 @@ class Experiment:
         """The run's name, and by default its folder's."""
         name = f"{self.dataset}-{self.model}-{self.method}-{self.optimizer}-seed{self.seed}"
         return f"{name}-{self.tag}" if self.tag else name
+
+    @property
+    def num_train(self) -> int:
+        """The number of images that it is trained on."""
+        return self.train_size or DATASETS[self.dataset].num_train - self.validation_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,11 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 LAYER_HEIGHT = 0.16  # inches of a layer in a map
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by the color-blind
+BLUE, ORANGE, GREEN = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+)  # Okabe and Ito: told apart by the color-blind
 
 
 def plot_curves(records: Sequence[Record], experiment: Experiment, title: str, path: Path) -> None:
@@ -40,6 +44,9 @@ def plot_curves(records: Sequence[Record], experiment: Experiment, title: str, p
         loss_axes, accuracy_axes = figure.subplots(1, 2)
         _plot_epochs(loss_axes, [record["train_loss"] for record in records], ORANGE, training)
         _plot_epochs(loss_axes, [record["test_loss"] for record in records], BLUE, test)
+        if experiment.validation_size:
+            validation = [record["validation_loss"] for record in records]
+            _plot_epochs(loss_axes, validation, GREEN, "validation")
         loss_axes.set(title="Loss", ylim=(0, None))
         loss_axes.legend()
         accuracy = [100 * record["test_accuracy"] for record in records]

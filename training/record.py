@@ -41,6 +41,8 @@ class Record(TypedDict):
     train_loss: float  # of the augmented, smoothed training batches
     test_loss: float  # cross-entropy over all test images
     test_accuracy: Annotated[float, Field(ge=0, le=1)]
+    validation_loss: float | None  # likewise over the images of --validation-size; None without
+    validation_accuracy: Annotated[float, Field(ge=0, le=1)] | None
     learning_rate: float
     global_std: float  # of the raw gradients, s_t of the paper
     scale_factor: float | None  # a_t; None where the method has none
@@ -57,7 +59,10 @@ class Record(TypedDict):
 
 _RECORD = TypeAdapter(Record)
 # Keys that older records lack; they are read as None.
-_ADDED = ("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm_ratio_by_step")
+_ADDED = (
+    *("scale_factor_max", "update_norm_ratio", "update_cosine", "update_norm_ratio_by_step"),
+    *("validation_loss", "validation_accuracy"),
+)
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[Record]:

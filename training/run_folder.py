@@ -383,6 +383,8 @@ def _scalars(record: Record) -> dict[str, float]:
         "train/images_per_second": record["images_per_second"],
         "test/loss": record["test_loss"],
         "test/accuracy": record["test_accuracy"],
+        "validation/loss": record["validation_loss"],
+        "validation/accuracy": record["validation_accuracy"],
         "autoscale/global_std": record["global_std"],
         "autoscale/scale_factor": record["scale_factor"],
         "autoscale/exponent": record["exponent"],

@@ -132,7 +132,7 @@ def one_line_errors(program: str, *, debug: bool = False, advice: str = "") -> I
         print(f"{program}: {error}{advice and f'; {advice}'}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"{program}: stopped before it took a step", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if debug:

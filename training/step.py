@@ -77,7 +77,8 @@ class Program:
         )
         num_test = len(dataset.test_labels)
         # The time of an evaluation, in steps: gradients are two thirds of a step's work.
-        self.evaluation_steps = num_test / experiment.batch_size / 3
+        evaluated = num_test + experiment.validation_size
+        self.evaluation_steps = evaluated / experiment.batch_size / 3
         self._eval_batch = -(-min(EVAL_BATCH, num_test) // mesh.size) * mesh.size
 
         paths: list[Path] = []
@@ -111,6 +112,7 @@ class Program:
         # memory, on a GPU with two launches per layer.
         self.train_step: Any = jax.jit(self._step, out_shardings=(place, everywhere))
         self._eval_step: Any = jax.jit(self._evaluate, out_shardings=everywhere)
+        self._compiled: dict[int, Any] = {}  # the same, by the number of images
 
     def put(self, images: np.ndarray, labels: np.ndarray) -> Data:
         """Puts a data set on all devices.
@@ -122,26 +124,30 @@ class Program:
         rows = images.reshape(len(images), -1)
         return devices.put(rows, everywhere), devices.put(labels, everywhere)
 
-    def compile(self, state: TrainState, train_data: Data, test_data: Data) -> None:
+    def compile(self, state: TrainState, train_data: Data, *evaluated: Data) -> None:
         """Compiles all functions, so that compile time is not part of an epoch's time."""
         order = self.epoch_order(np.int32(1))
         self.train_step = self.train_step.lower(state, train_data, order).compile()
-        self._eval_step = self._eval_step.lower(state, test_data, np.int32(0)).compile()
+        for data in evaluated:
+            compiled = self._eval_step.lower(state, data, np.int32(0)).compile()
+            self._compiled[len(data[1])] = compiled
 
     def evaluate(
-        self, state: TrainState, data: Data, done: Callable[[int, int], object] = lambda *_: None
+        self, state: TrainState, data: Data, evaluated: Callable[[int], object] = lambda _: None
     ) -> tuple[float, float]:
-        """The mean loss and the accuracy over all test images, each counted once.
+        """The mean loss and the accuracy over all images, each counted once.
 
-        Calls `done` with the number of images evaluated so far, and that of all.
+        Calls `evaluated` with the number of images of a batch when it is done.
         """
-        num_test = len(self._dataset.test_labels)
+        count = len(data[1])
+        eval_step = self._compiled.get(count, self._eval_step)
         sums: list[Any] = []
-        for first in range(0, num_test, self._eval_batch):
-            sums.append(self._eval_step(state, data, np.int32(first)))
-            jax.block_until_ready(sums[-2:-1])  # one is computed while the next is dispatched
-            done(first, num_test)
-        loss, correct = np.sum(jax.device_get(sums), axis=0) / num_test
+        for first in range(0, count, self._eval_batch):
+            sums.append(eval_step(state, data, np.int32(first)))
+            if first > 0:  # one is computed while the next is dispatched
+                jax.block_until_ready(sums[-2])
+                evaluated(self._eval_batch)
+        loss, correct = np.sum(jax.device_get(sums), axis=0) / count
         return float(loss), float(correct)
 
     def epoch_means(self, state: TrainState) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import cifar100, short, write
+from synthetic import cifar100, short, write, write_tuned
 
 from reproduction import figures
 from reproduction.presets import PAPER_METHODS, PRESETS
@@ -49,7 +49,8 @@ def test_every_arm_has_a_look_of_its_own_and_is_named_inside_the_picture(name, t
     assert len(set(looks.values())) == len(looks) == runs["arm"].nunique()
     with drawn(study, tmp_path) as found:
         (legend,) = found["figure4"].legends
-    plain = set(runs[(runs["method"] == "none") & (runs["tag"] == "")]["arm"])
+    untagged = (runs["tag"] == "") | ("tag" not in study.arms)
+    plain = set(runs[(runs["method"] == "none") & untagged]["arm"])
     assert {text.get_text() for text in legend.get_texts()} == set(looks) - plain
     box, figure = legend.get_window_extent(), found["figure4"].bbox
     assert figure.x0 <= box.x0 < box.x1 <= figure.x1
@@ -77,6 +78,40 @@ def test_accuracy_is_drawn_against_the_learning_rate_with_every_seed(tmp_path):
     dots = [line for line in axes.lines if line.get_linestyle() == "None"]
     assert [len(line.get_xdata()) for line in dots] == [6, 6]
     assert found["weight_decay"].axes[0].get_xscale() == "symlog"  # 0 is among them
+
+
+def test_validation_loss_is_drawn_where_there_are_validation_images(tmp_path):
+    with drawn(write_tuned(tmp_path), tmp_path) as found:
+        (axes,) = found["learning_rate"].axes
+        (forest,) = found["differences"].axes
+    assert (axes.get_ylabel(), axes.get_yscale()) == ("validation loss", "log")
+    means = next(line for line in axes.lines if line.get_label() == "Autoscale")
+    assert means.get_xydata().tolist() == pytest.approx(
+        np.array([[1e-3, 3.6], [2e-3, 2.6], [4e-3, 0.6]])
+    )
+    assert forest.get_xlabel() == "nats of test loss"
+
+
+def test_the_runs_of_another_study_are_drawn_beside_a_studys_own(tmp_path):
+    study, name = short(PRESETS["cifar100-rates"]), "cifar100-rates"
+    write(PRESETS["cifar100"], tmp_path / "cifar100", cifar100([0.2, 0.4, 0.3, 0.1, 0.3, 0.2]))
+    arms = {(run.model, run.method, run.optimizer): [0.5, 0.6] for run in study.experiments}
+    write(study._replace(experiments=PRESETS[name].experiments), tmp_path / name, arms)
+    with drawn(PRESETS[name], tmp_path / name) as found:
+        panels = {each: found[each].axes[0].lines for each in ("learning_rate", "weight_decay")}
+        assert all(len(found[each].axes) == 1 for each in panels)
+    dots = {
+        each: [sorted(line.get_xdata()) for line in lines if line.get_linestyle() == "None"]
+        for each, lines in panels.items()
+    }
+    assert (
+        dots["learning_rate"]
+        == [[1e-3] * 6 + [2e-3, 2e-3, 4e-3, 4e-3, 8e-3, 8e-3, 0.016, 0.016]] * 2
+    )
+    assert dots["weight_decay"] == [
+        [5e-4] * 4 + [1.05e-3] * 4 + [2e-3] * 4 + [4e-3] * 2,
+        [5e-4] * 4 + [1.05e-3] * 2 + [2e-3] * 2,
+    ]
 
 
 def test_the_forest_shows_intervals_and_seeds_and_the_paper(tmp_path):

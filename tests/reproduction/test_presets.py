@@ -9,7 +9,7 @@ import matplotlib as mpl
 import pytest
 
 from reproduction import records
-from reproduction.presets import CIFAR100, PRESETS, compressed
+from reproduction.presets import CIFAR100, PRESETS, compressed, fresh_pairs
 from reproduction.report import write_report
 from reproduction.studies import cost, same_results
 from training.optimizers import learning_rate_schedule
@@ -39,7 +39,7 @@ def test_the_same_study_at_any_scale_ends_at_the_same_learning_rate():
     assert ends == pytest.approx([1e-3 * 0.75**6] * 3)
 
 
-@pytest.mark.parametrize("name", ["digits", "vit"])
+@pytest.mark.parametrize("name", ["digits", "vit", "digits-rates", "vit-rates"])
 def test_runs_go_by_cost_and_then_by_seed_with_all_methods_of_each(name):
     runs = PRESETS[name].experiments
     assert len({run.name for run in runs}) == len(runs)
@@ -72,6 +72,23 @@ def test_the_study_on_cifar100_is_what_its_plan_says():
         changed = {key: getattr(run, key) for key in same}
         assert run == dataclasses.replace(CIFAR100, **changed)
     assert (CIFAR100.epochs, CIFAR100.batch_size, CIFAR100.effect) == (20, 256, True)
+
+
+def test_the_study_of_rates_on_cifar100_is_what_its_plan_says():
+    study = PRESETS["cifar100-rates"]
+    arms = Counter((run.optimizer, run.method, run.learning_rate) for run in study.experiments[:16])
+    rates = (2e-3, 4e-3, 8e-3, 16e-3)
+    assert arms == {
+        ("adamw", method, rate): 2 for method in ("none", "autoscale") for rate in rates
+    }
+    penalties = Counter((run.method, run.weight_decay) for run in study.experiments[-6:])
+    assert penalties == {("autoscale", 1.05e-3): 2, ("autoscale", 2e-3): 2, ("none", 4e-3): 2}
+    fresh = fresh_pairs(4e-3)
+    assert [run.seed for run in fresh] == [6, 6, 7, 7, 8, 8, 9, 9]
+    assert {run.learning_rate for run in fresh} == {4e-3}
+    assert study.group(fresh[0]) == "ResNet-20 on CIFAR-100, AdamW, fresh, learning rate 0.004"
+    (family,) = study.families({study.arm(run): run for run in fresh[:2]})
+    assert (family.kind, family.contrasts) == ("primary", [{"Autoscale": 1, "AdamW": -1}])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
-from synthetic import cifar100, short, write
+from synthetic import cifar100, short, write, write_tuned
 
 from reproduction import figures, report
 from reproduction.presets import PAPER_METHODS, PRESETS
@@ -109,6 +109,22 @@ def test_a_run_that_diverged_is_named_and_counted(tmp_path):
         "diverged: 3 and 0; above in 2, below in 3 of 5 seeds"
     )
     assert found["p"] == "1.000"
+
+
+def test_methods_are_compared_by_test_loss_where_their_validation_loss_is_lowest(tmp_path):
+    report.write_report(write_tuned(tmp_path), tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    means = section(text, "Test loss after the last epoch")
+    assert "- ResNet-20 on digits, AdamW, AdamW, learning rate 0.001, seed 2: step 7: the" in means
+    plain, ours = row(means, "AdamW"), row(means, "Autoscale")
+    # A rate at which a run diverged is not chosen, however low the loss of the others.
+    assert (plain["learning rate"], plain["validation loss"]) == ("0.002", "0.6000 ± 0.1000")
+    assert ours["learning rate"] == "0.004, an end of the grid"
+    # A tenth of the differences of `test_two_arms_are_compared_by_the_paired_test`.
+    found = row(section(text, "Every arm against AdamW"), "Autoscale minus AdamW")
+    assert found["difference (95% interval)"] == "+0.1000 (-0.5572 to +0.7572)"
+    assert (found["p"], found["n"]) == ("0.580", "3")
+    assert "AdamW with learning rate 0.001, 0.002, 0.004, multiplied" in text
 
 
 def test_the_study_on_cifar100_reports_what_its_plan_says(tmp_path):

@@ -34,13 +34,15 @@ DIFFERENCE = {"autoscale": 1, "none": -1}
 def arms(**values) -> pd.DataFrame:
     """A table of runs by arm and seed; None for a run that diverged."""
     rows = [
-        {"arm": arm, "seed": seed, "accuracy": math.nan if value is None else value}
+        {"arm": arm, "seed": seed, "outcome": math.nan if value is None else value}
         for arm, runs in values.items()
         for seed, value in (runs.items() if isinstance(runs, dict) else enumerate(runs))
     ]
-    frame = pd.DataFrame(rows, columns=["arm", "seed", "accuracy"])
-    state = np.where(frame["accuracy"].isna(), "diverged", "finished")
-    return frame.assign(state=state, planned=True, group="G", repeat="", experiment=None)
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "outcome"])
+    state = np.where(frame["outcome"].isna(), "diverged", "finished")
+    return frame.assign(
+        state=state, planned=True, chosen=True, group="G", repeat="", experiment=None
+    )
 
 
 def contrast(weights=DIFFERENCE, **values) -> dict:

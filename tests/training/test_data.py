@@ -71,6 +71,23 @@ def test_a_subset_depends_on_the_seed_alone_and_grows_with_its_size():
     assert set(map(bytes, first.train_images)) < set(map(bytes, larger.train_images))
 
 
+@pytest.mark.parametrize("train_size", [None, 640])
+def test_validation_images_are_others_and_balanced_and_change_no_subset(digits, train_size):
+    held_out = load("digits", train_size=train_size, validation_size=365, seed=3)
+    images, labels = held_out.validation or ((), ())
+    assert np.bincount(labels).min() >= 36
+    assert len(images) == len(labels) == 365
+    chosen = [*map(bytes, images), *map(bytes, held_out.train_images)]
+    assert len(chosen) == len(set(chosen)) == 365 + (train_size or 1437 - 365)
+    assert set(chosen) <= set(map(bytes, digits.train_images))
+    label_of = dict(zip(map(bytes, digits.train_images), digits.train_labels, strict=True))
+    assert [label_of[bytes(image)] for image in images] == labels.tolist()
+    if train_size:
+        without = load("digits", train_size=train_size, seed=3)
+        np.testing.assert_array_equal(held_out.train_images, without.train_images)
+        assert held_out.digest() != without.digest()
+
+
 @pytest.mark.parametrize("field", ["train_images", "train_labels", "test_images", "test_labels"])
 def test_a_digest_tells_data_of_the_same_size_apart(digits, field):
     array = getattr(digits, field).copy()
@@ -91,6 +108,12 @@ def test_what_cannot_be_loaded_is_named_with_a_remedy(monkeypatch, tmp_path):
     for size in (0, 9, 1438):
         with pytest.raises(DataError, match=rf"--train-size {size} is .* 10 .* to 1437 "):
             load("digits", train_size=size)
+    for sizes, most in (
+        ({"train_size": 640}, "797 beside --train-size 640"),
+        ({}, "1427 beside one"),
+    ):
+        with pytest.raises(DataError, match=rf"--validation-size 1428 is .* at most {most}"):
+            load("digits", validation_size=1428, **sizes)
     with pytest.raises(DataError, match=r"'mnist'.* digits, cifar10, cifar100$"):
         load("mnist")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)

@@ -51,10 +51,10 @@ def test_the_time_left_comes_true(between, done, now, monkeypatch, capsys):
         shown.step(step, 1.0, 1e-3, None)
         at.append((step, now[0]))
         if step % 10 == 0:
-            shown.evaluating()
-            for images in 512, 1024:
+            shown.evaluating(1024)
+            for images in 512, 512:
                 now[0] += between / 2 * rng.uniform(0.9, 1.1)
-                shown.evaluated(images, 1024)
+                shown.evaluated(images)
                 at.append((step, now[0]))
             shown.epoch(GOOD | {"epoch": step // 10, "step": step})
             at.append((step, now[0]))
@@ -79,9 +79,9 @@ def run_for_a_while(shown: Display) -> None:
         shown.start(10, [GOOD | {"update_norm_ratio": None}])
         for step in range(11, 21):
             shown.step(step, 1.5, 2e-3, 0.321)
-        shown.evaluating()
-        for images in 256, 512:
-            shown.evaluated(images, 1024)
+        shown.evaluating(1024)
+        for images in 256, 256:
+            shown.evaluated(images)
         shown.epoch(GOOD | {"epoch": 2, "step": 20})
 
 
@@ -107,8 +107,8 @@ def test_a_terminal_shows_how_long_it_compiles_and_an_evaluation(screen):
         assert screen.getvalue().endswith("\x1b[2K")  # the spinner is gone
         shown.start(9, [])
         shown.step(10, 1.5, 2e-3, 0.321)
-        shown.evaluating()
-        shown.evaluated(2560, 10_000)
+        shown.evaluating(10_000)
+        shown.evaluated(2560)
     last = screen.getvalue().rpartition("epoch 1/2")[2]
     assert re.search(r"evaluating +━{11}[╸╺ ].* 2560/10000 images", last)
     assert "step 10/10" not in last

@@ -43,16 +43,16 @@ def lines_of(figure) -> dict[str, list[list[float]]]:
 
 def test_curves_are_losses_and_accuracy(figures):
     records = make_records()
-    plots.plot_curves(records, Experiment(), "title", "path")
-    train, test, accuracy = (
+    plots.plot_curves(records, Experiment(validation_size=9), "title", "path")
+    train, test, validation, accuracy = (
         [record[name] for record in records]
-        for name in ("train_loss", "test_loss", "test_accuracy")
+        for name in ("train_loss", "test_loss", "validation_loss", "test_accuracy")
     )
     accuracy = [100 * value for value in accuracy]
     title = f"Test accuracy, {accuracy[-1]:.1f}% at the end"
-    assert lines_of(figures[0]) == {"Loss": [train, test], title: [accuracy]}
+    assert lines_of(figures[0]) == {"Loss": [train, test, validation], title: [accuracy]}
     legend = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
-    assert legend == ["training, with label smoothing", "test, without"]
+    assert legend == ["training, with label smoothing", "test, without", "validation"]
 
 
 @pytest.mark.parametrize(("scaled", "measured"), [(True, True), (False, False)])

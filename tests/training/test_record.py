@@ -12,6 +12,7 @@ from training.record import Record, RecordError, commit_of, parse_records, read_
 GOOD: Any = {"epoch": 1, "step": 10, "train_loss": 2.5, "test_loss": 2.0, "test_accuracy": 0.5}
 GOOD |= {"learning_rate": 1e-3, "global_std": 0.01, "scale_factor": 0.75, "scale_factor_max": 0.875}
 GOOD |= {"exponent": 2, "layer_std": {"stem": 0.1}, "update_norm_ratio": 0.9, "update_cosine": 0.99}
+GOOD |= {"validation_loss": 1.5, "validation_accuracy": 0.625}
 GOOD |= {"update_norm_ratio_by_step": [1.0, 0.9], "images_per_second": 640.0, "seconds": 1.0}
 
 
@@ -24,7 +25,8 @@ def test_what_was_written_is_read(tmp_path):
     with pytest.raises(RecordError, match=r"none/metrics.jsonl cannot be read: No such file"):
         read_records(tmp_path / "none")
     # Keys that came later read as None.
-    later = {key for key in GOOD if key.startswith("update_")} | {"scale_factor_max"}
+    later = {key for key in GOOD if key.startswith(("update_", "validation_"))}
+    later |= {"scale_factor_max"}
     old = {key: value for key, value in GOOD.items() if key not in later}
     (record,) = parse_records([json.dumps(old)], tmp_path / "metrics.jsonl")
     assert record == old | dict.fromkeys(later)
