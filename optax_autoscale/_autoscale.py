@@ -70,6 +70,13 @@ def autoscale(
     minus the layer's mean, which Adam turns into full steps. :func:`layers` lists the parameters
     that a rule selects.
 
+    Without normalization layers, many entries have a gradient that is small beside their layer's
+    mean, and Adam turns minus that mean into steps of about its full length as well. The page "Is
+    it doing anything?" has measurements.
+
+    With ``optax.contrib.differentially_private_aggregate``, put it behind: in front, it would mix
+    the examples of a batch, and the privacy bound would not hold.
+
     Gradients of 0 give updates of 0. NaN and infinite gradients give NaN updates;
     ``optax.apply_if_finite`` around the chain skips such a step. A step whose :math:`s_t` is 0 or
     not finite leaves :math:`p` undecided. The updates can be differentiated; where a standard
