@@ -243,9 +243,9 @@ def test_a_preset_is_made_in_a_fresh_clone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce.estimate, "measured_rate", lambda it: 1e-9)
     call(monkeypatch, tmp_path, "--preset", "digits", "--dry-run")
     output = capsys.readouterr().out
-    assert "0 of 75 done, about 0:" in output
+    assert "0 of 50 done, about 0:" in output
     call(monkeypatch, tmp_path, "--preset", "digits", "--dry-run", "--seeds", "7")
-    assert "0 of 105 done, about 0:" in capsys.readouterr().out
+    assert "0 of 70 done, about 0:" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
