@@ -365,20 +365,9 @@ def test_diagnostics_are_found_before_any_optimizer_and_are_no_parameters():
     chex.assert_trees_all_equal(marked[0], state[0])
 
 
-def test_multi_steps_scales_the_accumulated_gradient():
-    steps = [random_grads(t) for t in range(4)]
-    pairs = [steps[:2], steps[2:]]
-    means = [jax.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in pairs]
-    for make in (autoscale, scale_by_global_std, center_layers):
-        tx = optax.MultiSteps(make(), every_k_schedule=2)
-        history = [updates for updates, _ in run(tx, steps, jax.jit(tx.update))]
-        chex.assert_trees_all_equal(history[::2], [full_like(steps[0], 0)] * 2)
-        assert_trees_close(history[1::2], [updates for updates, _ in run(make(), means)])
-
-
 @every_transformation
 def test_each_group_is_treated_as_if_alone(make):
-    """By `masked`, with a tree and with a function, by `partition` and by `named_chain`."""
+    """By `masked`, with a tree and with a function, and by `partition`."""
     grads, other = random_grads(), random_grads(1, 1.0)
     alone, alone_state = update(make(), grads)
     both, expected = {"a": grads, "b": other}, {"a": alone, "b": update(make(), other)[0]}
@@ -388,14 +377,6 @@ def test_each_group_is_treated_as_if_alone(make):
         updates, state = update(optax.masked(make(), mask), both)
         chex.assert_trees_all_equal(updates, {"a": alone, "b": other})
         chex.assert_trees_all_equal(state.inner_state, alone_state)
-    tx = optax.named_chain(("first", make()), ("second", optax.scale(-1.0)))
-    updates, state = update(tx, grads)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.negative, alone))
-    chex.assert_trees_all_equal(state["first"], alone_state)
-    flattened, _ = update(optax.flatten(make()), {"w": jnp.ones((2, 3))})
-    assert flattened["w"].shape == (2, 3)
-    if make is autoscale:  # a vector is not eligible
-        chex.assert_trees_all_equal(flattened["w"], jnp.ones((2, 3)))
 
 
 # --- on a mesh ---

@@ -373,23 +373,16 @@ def test_both_sides_get_the_extra_args():
     double().update(params, double().init(params), params, value=3.0)
 
 
-def test_multi_steps_inside_and_around_what_skips_a_nan():
-    def twice(tx):
-        return optax.MultiSteps(tx, 2).gradient_transformation()
+def test_between_the_steps_of_multi_steps_nothing_differs_and_a_nan_shows_in_its_step_alone():
+    def twice():
+        return optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation()
 
-    params, tx = make_params(), optax.apply_if_finite(double(), 3)
-    *_, (*_, state) = train(twice(tx), params, steps=4)
-    np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
-    history = train(double(lambda: twice(optax.adam(1e-3))), params, steps=4)
-    effects = [effect_of(state) for *_, state in history]
+    params = make_params()
+    effects = [effect_of(state) for *_, state in train(double(twice), params, steps=4)]
     np.testing.assert_allclose(effects, [[1, 1], [2, 1]] * 2, rtol=1e-6)
-    state, bad = tx.init(params), jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    for grads in (params, bad):
-        _, state = jax.jit(tx.update)(grads, state, params)
-        np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
-    tx = double(lambda: optax.sgd(0.1))
+    tx, bad = double(lambda: optax.sgd(0.1)), optax.tree.full_like(params, jnp.nan)
     state = tx.init(params)
-    for grads, ratio in [(bad, np.nan), (params, 2.0)]:  # a NaN shows in its step alone
+    for grads, ratio in [(bad, np.nan), (params, 2.0)]:
         _, state = tx.update(grads, state, params)
         np.testing.assert_allclose(state.norm_ratio, ratio, rtol=1e-6)
 
