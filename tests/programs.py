@@ -1,4 +1,4 @@
-"""`train.py` with a network that compiles in no time, in this process and in others."""
+"""`train.py` and `reproduce.py` with a network that compiles in no time, here and elsewhere."""
 
 import contextlib
 import itertools
@@ -14,6 +14,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
@@ -92,19 +93,30 @@ def after(owner: Any, name: str, call: int, action: Callable[[], object]) -> Ite
         yield
 
 
-def start(*args: str | Path, number: int = 1, before: str = "", **options: Any) -> Any:
-    """The `Popen` of `train.py`, `shrunk`; it runs the code `before` at first."""
-    code = "import train\nfrom tests.programs import shrunk\n" + before
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    """For modules that import it."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
+
+
+def start(
+    *args: str | Path, program: str = "train", number: int = 1, before: str = "", **options: Any
+) -> Any:
+    """The `Popen` of a program, `shrunk`; it runs the code `before` at first."""
+    code = f"import {program}\nfrom tests.programs import shrunk\n{before}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     if number:  # what is computed depends on their number: with one, as conftest.py sets it
         each = 8 if number == 1 else 1 if "--coordinator" in args else number
         env["JAX_NUM_CPU_DEVICES"] = str(each)
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{code}\nwith shrunk({number}): train.main()", *map(str, args)],
-        cwd=ROOT,
+        [sys.executable, "-c", f"{code}\nwith shrunk({number}): {program}.main()", *map(str, args)],
         env=env,
         text=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+        **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
     )
     STARTED.append(process)
     return process
@@ -112,7 +124,7 @@ def start(*args: str | Path, number: int = 1, before: str = "", **options: Any) 
 
 def finish(process: subprocess.Popen[str], returncode: int = 0) -> tuple[str, str]:
     """Waits for a process; returns what it wrote to its standard output and error."""
-    said = process.communicate(timeout=240)
+    said = process.communicate(timeout=600)
     assert process.returncode == returncode, said
     return said
 

@@ -1,97 +1,42 @@
 """A study from the command line: interrupted, shared, extended, and complete in the end."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 import reproduce
 from reproduction import records, studies
 from reproduction.studies import Axes
+from tests import programs
+from tests.programs import contents, epochs, no_process_outlives_its_test, wait_for  # noqa: F401
 from training.options import Experiment
-from training.run_folder import LOCK, lock
+from training.run_folder import lock
 
-ROOT = Path(reproduce.__file__).parent
-# reproduce.py as it is, with a network that compiles in no time, and without a run's pictures.
-CHILD = """
-from functools import partial
-import models
-tiny = partial(models.resnet8, widths=(4, 8))
-models.MODELS["resnet20"] = models.MODELS["resnet20"]._replace(make=tiny)
-import reproduce
-from training import plots
-for name in ("plot_curves", "plot_gradients", "plot_layer_map"):
-    setattr(plots, name, lambda *args: args[-1].touch())
-reproduce.main()
-"""
 MINE = ["--name=mine", "--seeds=2", "--epochs=6", "--train-size=96", "--batch-size=16"]
 NAMES = [f"digits-resnet20-{m}-adamw-seed{k}" for k in (0, 1) for m in ("none", "autoscale")]
-CACHE = tempfile.TemporaryDirectory()
-STARTED: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_its_test():
-    yield
-    for process in STARTED:
-        process.kill()
-        process.communicate()
-    STARTED.clear()
 
 
 def start(folder: Path, *args: str) -> subprocess.Popen[str]:
-    env = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *(args or MINE)],
-        cwd=folder,
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    STARTED.append(process)
-    return process
+    return programs.start(*(args or MINE), program="reproduce", cwd=folder)
 
 
 def finish(process: subprocess.Popen[str], returncode: int = 0) -> str:
-    stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == returncode, (stdout, stderr)
+    stdout, stderr = programs.finish(process, returncode)
     assert "Traceback" not in stderr
     return stdout + stderr
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def metrics(folder: Path, name: str) -> Path:
-    return folder / "studies" / "mine" / "runs" / name / "metrics.jsonl"
+def run_of(folder: Path, name: str) -> Path:
+    return folder / "studies" / "mine" / "runs" / name
 
 
 def made(output: str) -> list[str]:
@@ -129,7 +74,7 @@ def assert_complete(folder: Path, alone: Path) -> None:
     for name in NAMES:
         assert untimed(mine, name) == untimed(alone / "studies" / "mine", name)
         assert not (mine / "runs" / name / "checkpoints").exists()
-    assert "| 1 x cpu | 4 | 4 |" in (mine / "REPORT.md").read_text()
+    assert f"| {jax.device_count()} x cpu | 4 | 4 |" in (mine / "REPORT.md").read_text()
     assert not list(mine.glob("*.part"))
 
 
@@ -138,7 +83,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
     alone, tmp_path, monkeypatch, capsys
 ):
     process = start(tmp_path)
-    wait_for(lambda: lines(metrics(tmp_path, NAMES[0])) > 1, process)
+    wait_for(lambda: epochs(run_of(tmp_path, NAMES[0])) > 1, process)
     process.kill()
     process.communicate()
     call(monkeypatch, tmp_path, "--name=mine", "--dry-run")
@@ -147,7 +92,7 @@ def test_a_study_that_is_killed_and_stopped_ends_as_one_that_never_was(
     assert "0 of 4 done, about " in output
 
     process = start(tmp_path, "--name=mine")  # its options are in its folder
-    wait_for(lambda: lines(metrics(tmp_path, NAMES[1])) > 0, process)
+    wait_for(lambda: epochs(run_of(tmp_path, NAMES[1])) > 0, process)
     process.send_signal(signal.SIGTERM)
     assert "run the same command again to continue" in finish(process, 128 + signal.SIGTERM)
     finish(start(tmp_path, "--name=mine"))
@@ -182,22 +127,18 @@ def test_two_processes_share_a_study_and_one_that_stands_still_is_left_alone(alo
 
     for name in (NAMES[0], NAMES[3]):
         (tmp_path / "studies" / "mine" / f"{name}.jsonl").unlink()
-        shutil.rmtree(metrics(tmp_path, name).parent)
-    first, held = start(tmp_path), metrics(tmp_path, NAMES[0]).parent
-    wait_for(lambda: lines(held / "metrics.jsonl") > 0, first)
+        shutil.rmtree(run_of(tmp_path, name))
+    first, held = start(tmp_path), run_of(tmp_path, NAMES[0])
+    wait_for(lambda: epochs(held) > 0, first)
     first.send_signal(signal.SIGSTOP)
-
-    def contents() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in held.rglob("*") if path.name != LOCK}
-
-    before = contents()
+    before = contents(held)
     output = finish(start(tmp_path))
     assert made(output) == NAMES[3:]
     owner = f"process {first.pid} on {socket.gethostname()}"
     assert f"{held.relative_to(tmp_path)} is in use by {owner}\n" in output
     assert "1 of 4 runs are left to other processes" in output
     assert "REPORT.md holds the report of 3 runs" in output
-    assert before == contents()
+    assert contents(held) == before
     first.kill()
     first.communicate()
     assert made(finish(start(tmp_path))) == NAMES[:1]

@@ -52,33 +52,6 @@ def mean_and_error(values):
     return values.mean(), values.std(ddof=1) / np.sqrt(len(values))
 
 
-def losses_after_a_step(h, step_size, batch_size, samples=1000):
-    """L(w_{t+1}) for many noises, with step_size = eta * a_t given."""
-    grads = h * START + noise(1, batch_size, samples)
-    return loss(START - step_size * grads, h)
-
-
-def lemma_bound(h, step_size, batch_size):
-    descent = step_size / 2 * np.sum((h * START) ** 2)
-    return loss(START, h) - descent + step_size**2 * BETA * SIGMA**2 / (2 * batch_size)
-
-
-@pytest.mark.parametrize("batch_size", [1, 16, 256])
-@pytest.mark.parametrize("fraction", [0.1, 0.5, 1.0])
-def test_lemma_1_holds(fraction, batch_size):
-    """Eta and a_t enter by their product alone, here a fraction of 1 / beta."""
-    measured, error = mean_and_error(losses_after_a_step(VARIED, fraction / BETA, batch_size))
-    assert measured + 5 * error < lemma_bound(VARIED, fraction / BETA, batch_size)
-
-
-@pytest.mark.parametrize("batch_size", [1, 16])
-def test_lemma_1_is_an_equality_at_the_largest_step_on_the_roundest_loss(batch_size):
-    """So the bound has no slack: half the noise in it would be too little."""
-    measured, error = mean_and_error(losses_after_a_step(EQUAL, 1 / BETA, batch_size))
-    assert abs(measured - lemma_bound(EQUAL, 1 / BETA, batch_size)) < 5 * error
-    assert measured - 5 * error > lemma_bound(EQUAL, 1 / BETA, 2 * batch_size)
-
-
 def known_scale_factors(h, steps):
     """a_1 ... a_T of a run without noise: known before any noise is drawn."""
     tx = scale_by_global_std()

@@ -76,19 +76,6 @@ def test_pictures_can_be_opened(run):
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
-def test_tensorboard_has_the_records(run):
-    (file,) = (run[0] / "tensorboard").iterdir()
-    names = [
-        "test/accuracy",
-        "validation/loss",
-        "validation/accuracy",
-        "autoscale/scale_factor",
-        "effect/update_cosine",
-    ]
-    for name in [*names, *(f"layer_std/{layer}" for layer in read_records(run[0])[0]["layer_std"])]:
-        assert file.read_bytes().count(name.encode()) == 2
-
-
 def test_what_is_printed(run):
     folder, printed = run
     first, _, *rows, result, pictures = printed.splitlines()

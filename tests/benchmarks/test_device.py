@@ -1,10 +1,10 @@
 import random
-from functools import partial
 
 import pytest
 
 from benchmarks import device
-from models import MODELS, resnet8
+from models import MODELS
+from tests.programs import TINY
 
 
 def test_kernels_are_added_up_by_name_and_gaps_are_found():
@@ -27,8 +27,7 @@ def test_steps_that_differ_are_told(deterministic):
 
 @pytest.mark.slow
 def test_all_parts_are_measured(monkeypatch, capsys):
-    tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
-    monkeypatch.setitem(MODELS, "resnet20", tiny)
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
     monkeypatch.setattr(device.devices, "prepare", lambda batch_size: None)
     device.main(("resnet20",), ("float32",), batch_size=16, steps=2, repeats=2)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]

@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from models import MODELS, VGG, ResNet, resnet8, vgg_tiny
 
+pytestmark = pytest.mark.usefixtures("compile_faster")
 Model = ResNet | VGG
 TINY = {
     "identity": partial(resnet8, widths=(4, 7, 7)),  # an odd number of new channels, and none

@@ -33,6 +33,7 @@ def gradients(make):
     return jax.tree.leaves((logits, grads, nnx.state(model, nnx.BatchStat)))
 
 
+@pytest.mark.usefixtures("compile_faster")
 @pytest.mark.parametrize(
     "make", [resnet8, partial(resnet8, widths=(4, 8), shortcut="projection"), vgg_tiny]
 )
@@ -46,19 +47,21 @@ def test_a_step_equals_that_of_plain_flax(make, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.usefixtures("compile_faster")
 @pytest.mark.parametrize(
-    ("pixels", "stride", "size"),
+    ("pixels", "stride", "size", "dtype"),
     [
-        ((1, 1), 1, 1),
-        ((1, 1), 2, 3),
-        ((2, 2), 1, 3),
-        ((2, 2), 2, 3),
-        ((1, 2), 1, 3),
-        ((5, 4), 1, 3),
-        ((5, 4), 2, 3),
-        ((4, 5), 1, 3),
-        ((4, 6), 1, 5),
+        ((1, 1), 1, 1, jnp.float32),
+        ((1, 1), 2, 3, jnp.bfloat16),
+        ((2, 2), 1, 3, jnp.float32),
+        ((2, 2), 1, 3, jnp.bfloat16),
+        ((2, 2), 2, 3, jnp.float32),
+        ((1, 2), 1, 3, jnp.float32),
+        ((5, 4), 1, 3, jnp.float32),
+        ((5, 4), 1, 3, jnp.bfloat16),
+        ((5, 4), 2, 3, jnp.float32),
+        ((4, 5), 1, 3, jnp.float32),
+        ((4, 6), 1, 5, jnp.float32),
     ],
 )
 def test_convolution_equals_that_of_lax(pixels, stride, size, dtype):

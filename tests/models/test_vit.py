@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from models import vit, vit_tiny
-from optax_autoscale import layers
 
 
 def layer_norm(params, x):
@@ -71,12 +70,6 @@ def test_the_size_is_that_of_its_matrices():
     block = 4 * (192 * 192 + 192) + 2 * 4 * 192 * 192 + 4 * 192 + 192 + 4 * 192
     expected = 48 * 192 + 192 + 6 * block + 2 * 192 + 192 * 3 + 3
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
-
-
-def test_only_matrices_are_layers():
-    names = list(layers(nnx.state(abstract(vit_tiny), nnx.Param)))
-    assert all(name.endswith("/kernel") for name in names)
-    assert len(names) == 2 + 2 * 6
 
 
 def test_computes_in_bfloat16_and_answers_in_float32():

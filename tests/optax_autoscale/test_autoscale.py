@@ -143,45 +143,24 @@ def test_exponent_follows_the_first_step_whose_update_is_quadratic(first_std, ex
     np.testing.assert_allclose(factors, ratio ** [2, exponent, exponent], rtol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, 1e25])
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, -np.inf, 1e25])
 def test_a_step_without_information_changes_nothing_later(bad):
-    """The last one has a sum of 0 and squares that are infinite."""
+    """The last one has a sum of 0 and squares that are infinite; one entry is NaN or infinite."""
     good = [grads_of_std(1e-6), grads_of_std(1e-2), grads_of_std(1e-3)]
     spoiled = jax.tree.map(
         lambda g: jnp.where(jnp.arange(g.size).reshape(g.shape) % 2, -bad, bad), good[0]
     )
+    if not np.isfinite(bad):
+        spoiled = good[0] | {"dense": good[0]["dense"].at[0, 0].set(bad)}
     first, second, *history = run(autoscale(), [spoiled, spoiled, good[0], spoiled, *good[1:]])
     assert [int(state.exponent) for _, state in (first, second, *history)] == [0, 0, 1, 1, 1, 1]
     chex.assert_trees_all_equal([history[0], *history[2:]], run(autoscale(), good))
     if bad == 0:
         chex.assert_trees_all_close(first[0], spoiled)
         assert (first[1].global_std, first[1].scale_factor) == (0, 0)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_bad_entry_shows_in_every_eligible_update(bad):
-    grads = random_grads()
-    grads["dense"] = grads["dense"].at[0, 0].set(bad)
-    updates, _ = update(autoscale(), grads)
-    assert np.isnan(updates["conv"]).all()
-    chex.assert_trees_all_equal(updates["conv_bias"], grads["conv_bias"])
-
-
-def test_max_scale_bounds_the_factor_and_nothing_else():
-    steps = [grads_of_std(1.0 + 1e-3), grads_of_std(1e-3), grads_of_std(1.0 + 1e-3)]
-    unbounded = [float(state.scale_factor) for _, state in run(autoscale(), steps)]
-    bounded = [float(state.scale_factor) for _, state in run(autoscale(max_scale=1.0), steps)]
-    assert unbounded[0] > 1e6
-    assert bounded == [1.0, unbounded[1], 1.0]
-
-
-def test_centering_is_exact_and_idempotent():
-    entries = np.random.default_rng(0).integers(-99, 99, (16, 32))
-    grads = {"w": jnp.asarray(entries, jnp.float32)}
-    centered, _ = update(center_layers(), grads)
-    np.testing.assert_array_equal(centered["w"], grads["w"] - np.float32(entries.mean()))
-    again, _ = update(center_layers(), centered)
-    assert_trees_close(again, centered, rtol=1e-6)
+    if not np.isfinite(bad):
+        assert np.isnan(first[0]["conv"]).all()
+        chex.assert_trees_all_equal(first[0]["conv_bias"], spoiled["conv_bias"])
 
 
 def test_complex_gradients_use_the_squared_modulus():
@@ -386,27 +365,9 @@ def test_diagnostics_are_found_before_any_optimizer_and_are_no_parameters():
     chex.assert_trees_all_equal(marked[0], state[0])
 
 
-def test_multi_steps_scales_the_accumulated_gradient():
-    steps = [random_grads(t) for t in range(4)]
-    pairs = [steps[:2], steps[2:]]
-    means = [jax.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in pairs]
-    for make in (autoscale, scale_by_global_std, center_layers):
-        tx = optax.MultiSteps(make(), every_k_schedule=2)
-        history = [updates for updates, _ in run(tx, steps, jax.jit(tx.update))]
-        chex.assert_trees_all_equal(history[::2], [full_like(steps[0], 0)] * 2)
-        assert_trees_close(history[1::2], [updates for updates, _ in run(make(), means)])
-
-
-def test_apply_if_finite_skips_a_bad_step():
-    good = random_grads()
-    tx = optax.apply_if_finite(autoscale(), max_consecutive_errors=5)
-    _, (updates, state) = run(tx, [full_like(good, jnp.inf), good])
-    chex.assert_trees_all_equal((updates, state.inner_state), update(autoscale(), good))
-
-
 @every_transformation
 def test_each_group_is_treated_as_if_alone(make):
-    """By `masked`, with a tree and with a function, by `partition` and by `named_chain`."""
+    """By `masked`, with a tree and with a function, and by `partition`."""
     grads, other = random_grads(), random_grads(1, 1.0)
     alone, alone_state = update(make(), grads)
     both, expected = {"a": grads, "b": other}, {"a": alone, "b": update(make(), other)[0]}
@@ -416,32 +377,6 @@ def test_each_group_is_treated_as_if_alone(make):
         updates, state = update(optax.masked(make(), mask), both)
         chex.assert_trees_all_equal(updates, {"a": alone, "b": other})
         chex.assert_trees_all_equal(state.inner_state, alone_state)
-    tx = optax.named_chain(("first", make()), ("second", optax.scale(-1.0)))
-    updates, state = update(tx, grads)
-    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.negative, alone))
-    chex.assert_trees_all_equal(state["first"], alone_state)
-    flattened, _ = update(optax.flatten(make()), {"w": jnp.ones((2, 3))})
-    assert flattened["w"].shape == (2, 3)
-    if make is autoscale:  # a vector is not eligible
-        chex.assert_trees_all_equal(flattened["w"], jnp.ones((2, 3)))
-
-
-@pytest.mark.parametrize("make", [autoscale, scale_by_global_std, center_layers])
-def test_under_sgd_centering_keeps_the_mean_of_a_leaf_and_scaling_does_not(make):
-    """From 0 to the minimum of a parabola, whose mean is 1.5."""
-    target = jnp.array([[3.0, -2.0], [1.0, 4.0]])
-    bound = {} if make is center_layers else {"max_scale": 1.0}
-    tx = optax.chain(make(**bound), optax.sgd(0.1))
-
-    def step(carry, _):
-        w, state = carry
-        updates, state = tx.update(2 * (w - target), state, w)
-        return (optax.apply_updates(w, updates), state), None
-
-    start = jnp.zeros((2, 2))
-    (reached, _), _ = jax.lax.scan(step, (start, tx.init(start)), length=3000)
-    expected = target if make is scale_by_global_std else target - target.mean()
-    np.testing.assert_allclose(reached, expected, atol=1e-3)
 
 
 # --- on a mesh ---
@@ -504,13 +439,3 @@ def test_shard_map_where_every_leaf_is_sharded(check_vma):
     sharded = in_shard_map(partial(measure, axis_name=axes), specs, P(), check_vma=check_vma)
     assert_trees_close(sharded(grads), measure(grads))
     assert collectives(sharded.lower(grads).compile()) == ["all-reduce"]
-
-
-def test_vmap_gives_each_member_of_an_ensemble_its_own_scale():
-    members = [mesh_grads(), jax.tree.map(lambda g: 10 * g, mesh_grads())]
-    together = jax.vmap(partial(update, autoscale()))(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
-    )
-    for i, member in enumerate(members):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
-        assert_trees_close(one, update(autoscale(), member))

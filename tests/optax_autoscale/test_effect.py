@@ -16,7 +16,6 @@ import orbax.checkpoint as ocp
 import pytest
 from common import (
     SPECS,
-    TRANSFORMATIONS,
     axis_types,
     collectives,
     in_shard_map,
@@ -32,11 +31,6 @@ from jax.sharding import PartitionSpec as P
 
 from optax_autoscale import EffectSums, autoscale, measure_effect, zscore_normalization
 from tests import oracle
-
-OPTIMIZERS = {
-    "adamw": lambda: optax.adamw(1e-2, weight_decay=1e-2),
-    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
-}
 
 
 def make_params(dtype="float32"):
@@ -91,10 +85,13 @@ def assert_effect(state, u, r, rtol=1e-5):
 # --- values ---
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("make", TRANSFORMATIONS)
-def test_equals_two_chains_computed_apart(make, optimizer):
-    tx, reference, params = optax.chain(make(), optimizer()), optimizer(), make_params()
+@pytest.mark.parametrize(
+    "reference",
+    [optax.adamw(1e-2, weight_decay=1e-2), optax.sgd(0.1, momentum=0.9)],
+    ids=["adamw", "sgd"],
+)
+def test_equals_two_chains_computed_apart(reference):
+    tx, params = optax.chain(autoscale(), reference), make_params()
     alone, reference_state = train(tx, params), reference.init(params)
     together = train(measure_effect(tx, reference), params)
     for expected, (grads, params, updates, state) in zip(alone, together, strict=True):
@@ -106,12 +103,7 @@ def test_equals_two_chains_computed_apart(make, optimizer):
         np.testing.assert_allclose(state.effect_sums, sums, rtol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [2.0, 1e-3, -0.5, 1.0])
-def test_a_constant_factor_before_sgd_is_the_ratio(factor):
-    tx = measure_effect(optax.chain(optax.scale(factor), optax.sgd(0.1, 0.9)), optax.sgd(0.1, 0.9))
-    for *_, state in train(tx, make_params()):
-        np.testing.assert_allclose(state.norm_ratio, abs(factor), rtol=1e-5)
-        np.testing.assert_allclose(state.cosine, np.sign(factor), rtol=1e-6)
+def test_equal_steps_have_a_ratio_and_a_cosine_of_exactly_1():
     for rounded in (0.3, np.nextafter(np.float32(0.3), 1)):
         same = EffectSums(jnp.float32(0.3), jnp.float32(0.3), jnp.float32(rounded))
         assert (same.norm_ratio, same.cosine) == (1, 1)
@@ -339,6 +331,7 @@ def test_odd_leaves_count_as_nothing():
     assert (state.norm_ratio, state.cosine) == (2, 1)
     np.testing.assert_array_equal(state.effect_sums, [56, 14, 28])
     tx, grads = double(lambda: optax.sgd(0.1, momentum=0.9)), plain | {"frozen": None}
+    grads["masked"] = optax.MaskedNode()
     state = tx.init(grads | {"frozen": jnp.ones(3)})
     for _ in range(3):  # momentum's trace loses a leaf at its first step
         _, state = tx.update(grads, state)
@@ -380,63 +373,18 @@ def test_both_sides_get_the_extra_args():
     double().update(params, double().init(params), params, value=3.0)
 
 
-def test_multi_steps_inside_and_around_what_skips_a_nan():
-    def twice(tx):
-        return optax.MultiSteps(tx, 2).gradient_transformation()
+def test_between_the_steps_of_multi_steps_nothing_differs_and_a_nan_shows_in_its_step_alone():
+    def twice():
+        return optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation()
 
-    params, tx = make_params(), optax.apply_if_finite(double(), 3)
-    *_, (*_, state) = train(twice(tx), params, steps=4)
-    np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
-    history = train(double(lambda: twice(optax.adam(1e-3))), params, steps=4)
-    effects = [effect_of(state) for *_, state in history]
+    params = make_params()
+    effects = [effect_of(state) for *_, state in train(double(twice), params, steps=4)]
     np.testing.assert_allclose(effects, [[1, 1], [2, 1]] * 2, rtol=1e-6)
-    state, bad = tx.init(params), jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-    for grads in (params, bad):
-        _, state = jax.jit(tx.update)(grads, state, params)
-        np.testing.assert_allclose(effect_of(state), [2, 1], rtol=1e-6)
-    tx = double(lambda: optax.sgd(0.1))
+    tx, bad = double(lambda: optax.sgd(0.1)), optax.tree.full_like(params, jnp.nan)
     state = tx.init(params)
-    for grads, ratio in [(bad, np.nan), (params, 2.0)]:  # a NaN shows in its step alone
+    for grads, ratio in [(bad, np.nan), (params, 2.0)]:
         _, state = tx.update(grads, state, params)
         np.testing.assert_allclose(state.norm_ratio, ratio, rtol=1e-6)
-
-
-def test_inject_hyperparams_around():
-    @optax.inject_hyperparams
-    def make(factor):
-        adam = optax.adam(1e-3)
-        return measure_effect(optax.chain(adam, optax.scale(factor)), adam)
-
-    tx, params = make(factor=0.5), make_params()
-    state = tx.init(params)
-    for factor in (0.5, 0.25):
-        state.hyperparams["factor"] = jnp.float32(factor)
-        _, state = jax.jit(tx.update)(params, state, params)
-        np.testing.assert_allclose(effect_of(state), [factor, 1], rtol=1e-6)
-
-
-def test_inside_masked_and_partition():
-    params = make_params()
-    mask = {"kernel": True, "norm": {"scale": True, "bias": False}}
-    tx = measure_effect(optax.sgd(0.2), optax.sgd(0.1, 0.9))
-    kept = {"kernel": params["kernel"], "norm": {"scale": params["norm"]["scale"]}}
-    *_, (*_, expected) = train(tx, kept, 2)
-    labels = jax.tree.map(lambda keep: "measured" if keep else "plain", mask)
-    partition = optax.partition({"measured": tx, "plain": optax.sgd(0.1)}, labels)
-    for wrapped in (optax.masked(tx, mask), partition):
-        *_, (*_, state) = train(wrapped, params, 2)
-        np.testing.assert_allclose(effect_of(state), effect_of(expected), rtol=1e-6)
-
-
-def test_vmap_measures_each_member():
-    params = make_params()
-    tx = measure_effect(optax.chain(zscore_normalization(), optax.sgd(0.1)), optax.sgd(0.1, 0.9))
-    ensemble = jax.tree.map(lambda p: jnp.stack([p, 5 * p]), params)
-    _, state = jax.jit(jax.vmap(tx.update))(ensemble, jax.vmap(tx.init)(ensemble), ensemble)
-    for member, factor in enumerate([1.0, 5.0]):
-        grads = jax.tree.map(lambda p, c=factor: c * p, params)
-        _, expected = tx.update(grads, tx.init(grads), grads)
-        np.testing.assert_allclose(state.norm_ratio[member], expected.norm_ratio, rtol=1e-5)
 
 
 def test_nnx_optimizer():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from models import MODELS, resnet8
+from models import MODELS
 from optax_autoscale import measure_effect
 from reproduction import effect
+from tests.programs import TINY
 from training import devices
 from training.data import Dataset
 from training.step import Program, TrainState
@@ -25,8 +25,7 @@ EXPERIMENT = dataclasses.replace(effect.EXPERIMENT, batch_size=16)
 
 @pytest.fixture
 def small(monkeypatch):
-    tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 4)))
-    monkeypatch.setitem(MODELS, "resnet20", tiny)
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
     monkeypatch.setattr(effect, "COMPARED", ("scaling", "clip"))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)

@@ -2,15 +2,15 @@
 
 import dataclasses
 import itertools
-from functools import partial
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from models import MODELS, resnet8
+from models import MODELS
 from reproduction import estimate, studies
 from reproduction.records import Run
+from tests.programs import TINY
 from training.options import Experiment
 
 HERE = {"device": "cpu", "device_count": jax.device_count()}
@@ -55,8 +55,7 @@ def test_an_unknown_model_is_measured_once(monkeypatch):
 
 def test_a_measured_step_stands_for_all_steps_of_the_runs(monkeypatch, capsys):
     """A clock by which each step takes a second: 22 steps and 287 / 64 / 3 evaluate an epoch."""
-    tiny = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
-    monkeypatch.setitem(MODELS, "resnet20", tiny)
+    monkeypatch.setitem(MODELS, "resnet20", TINY)
     clock = itertools.count()
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     rate = estimate.measured_rate(EXPERIMENT)

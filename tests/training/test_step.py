@@ -51,11 +51,8 @@ WHOLE = dataclasses.replace(WHOLE, optimizer="sgd", learning_rate=1.0)
 
 
 @pytest.fixture(autouse=True)
-def tiny_model(monkeypatch):
+def tiny_model(monkeypatch, compile_faster):
     monkeypatch.setitem(MODELS, "resnet20", TINY)
-    jax.config.update("jax_disable_most_optimizations", True)  # they take longer to compile
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
