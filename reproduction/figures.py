@@ -77,6 +77,8 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
     text = f", with 95% intervals; dots are the seeds, the band is {outcome.within} on each side."
     title = f"Differences in {outcome.label}"
     show("differences", groups(known), partial(forests, outcome=outcome), title, text)
+    # Repetitions on other devices have few runs, and are in the tables.
+    runs, done = runs[runs["repeat"] == ""], done[done["repeat"] == ""]
     drawn = done
     if study.beside:
         other = table(PRESETS[study.beside], folder.parent / study.beside)
@@ -233,12 +235,12 @@ def varied(runs: Table, name: str) -> Groups:
     """The runs among which an option has several values, by title."""
     other = "weight_decay" if name == "learning_rate" else "learning_rate"
     found = []
-    keys = ["repeat", "dataset", "optimizer", "model", "epochs", other]
-    for (repeat, *_), each in runs.groupby(keys, sort=False):
+    keys = ["dataset", "optimizer", "model", "epochs", other]
+    for _, each in runs.groupby(keys, sort=False):
         if each[name].nunique() > 1:
             it = each["experiment"].iloc[0]
             words = [describe(it, key) for key in ("model", "dataset", "optimizer", other)]
-            found.append((", ".join(filter(None, [*words, repeat])), each))
+            found.append((", ".join(words), each))
     return found
 
 

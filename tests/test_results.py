@@ -149,22 +149,23 @@ second row alone give {own.low:+.2f} to {own.high:+.2f}.
 learning rate is the recipe's, {meter[0].learning_rate[0]:.3f}."""
     verdict = f"""\
 lost {-deep.value:.2f} points in ResNet-56 on digits. With Adam + L2 it gained {x1.value:.2f} points
-| ResNet-20 gains 2.02 | {primary}, p = {primary.p:.2f} | CIFAR-100, {epochs} epochs, {n} seeds |
-  *no gain shown* at {epochs} epochs; the interval excludes 2.02, not 1 |
-| ResNet-56 gains 1.28 | {deep}, Holm p = {p_deep:.3f} | digits, {n_deep} seeds |
+**ResNet-20 gains 2.02:** *no gain shown* at {epochs} epochs. CIFAR-100, {n} seeds: {primary},
+  p = {primary.p:.2f}. The interval excludes 2.02, not 1.
+**ResNet-56 gains 1.28:** *the opposite found* on digits. {n_deep} seeds: {deep},
+  Holm p = {p_deep:.3f}.
+with CutMix, {epochs} epochs, {n} and {n_l2} seeds.
 rises to {rise(adamw)} times its first epoch with AdamW ({rise(adamw, "none")} without Autoscale),
-  to {rise(l2)} with Adam + L2 ({rise(l2, "none")} without) | CIFAR-100, CutMix, {epochs} epochs,
-  {n} and {n_l2} seeds
+  to {rise(l2)} with Adam + L2 ({rise(l2, "none")} without).
 falls in {sum(down)} of {len(down)} groups of runs
-in at most {arm(adamw, of="falls").max()} of {adamw.layers.max()} layers with AdamW,
-  {arm(l2, of="falls").max()} of {l2.layers.max()} with Adam + L2 | CIFAR-100, {epochs} epochs
-in {" or ".join(map(str, sorted(set(arm(vit, of="falls")))))} of {vit.layers.max()} in the ViT
-from {np.exp(-4):.3f} to {np.exp(4):.0f};
-The records hold means of epochs, at most {highest:.2f} | digits, seeds 0 to {n_deep - 1} |
+at most {arm(adamw, of="falls").max()} of {adamw.layers.max()} falls with AdamW,
+  {arm(l2, of="falls").max()} of {l2.layers.max()} with Adam + L2.
+in the ViT only: {" or ".join(map(str, sorted(set(arm(vit, of="falls")))))} of {vit.layers.max()}
+from {np.exp(-4):.3f} to {np.exp(4):.0f},
+(seeds 0 to {n_deep - 1}). The records hold means of epochs, at most {highest:.2f}.
 fell in {ours.learned.sum()} of {len(ours)} runs
-changes of accuracy {scatter[0]:+.2f}, {scatter[1]:+.2f} | CIFAR-100, {len(scatter)} seeds
-scatter {minus(alone, of="scatter")} with AdamW, {minus(alone_l2, of="scatter")}
-  with Adam + L2 | CIFAR-100, {n} and {n_l2} seeds
+changes of accuracy on CIFAR-100, {len(scatter)} seeds: {scatter[0]:+.2f}, {scatter[1]:+.2f};
+Scatter on CIFAR-100, {n} and {n_l2} seeds: {minus(alone, of="scatter")} with AdamW,
+  {minus(alone_l2, of="scatter")} with Adam + L2;
 (p = {primary.p:.3f}), and does not show equivalence within 1 point (TOST p = {tost[0]:.3f})
 is {length[0]:.2f} times as long as AdamW's in the first epoch, {min(length[3:12]):.3f} to
   {max(length[3:12]):.3f} times in epochs 4 to 12, and {length[epochs - 1]:.2f} times in the last
