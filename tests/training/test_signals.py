@@ -80,6 +80,7 @@ with Requests(make_mesh(), 1.0) as requests:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "begun"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGINT, ("begun",))]
 )
@@ -108,6 +109,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reader", "options"),
     [
