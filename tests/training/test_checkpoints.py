@@ -246,7 +246,8 @@ def test_a_checksum_is_of_every_bit_and_by_one_program_at_a_time(monkeypatch):
     """Many programs that wait for a training step could keep it from the threads that it needs."""
     leaves = [jnp.zeros(3), jnp.zeros(3, jnp.int32), jnp.zeros((), jnp.uint32)]
     for i, leaf in enumerate(leaves):
-        for one in (leaf.at[...].set(1), leaf.at[-1:].set(-leaf[-1:]) if i == 0 else leaf + 1):
+        last = leaf.at[-1:].set(-leaf[-1:]) if i == 0 else leaf.ravel().at[-1].add(1)  # one bit
+        for one in (leaf.at[...].set(1), last.reshape(leaf.shape)):
             assert digest([*leaves[:i], one, *leaves[i + 1 :]]) != digest(leaves)
     add, finished = checkpoints_module._add_to_digest, []
 

@@ -214,6 +214,7 @@ def test_what_cannot_be_read_is_one_line_with_a_remedy(name, prepared, split, lo
         load(name, prepared)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (REAL / "cifar100" / "3.0.2").exists(), reason="CIFAR-100 is not in TFDS_DATA_DIR"
 )

@@ -29,6 +29,7 @@ print(jax.local_device_count(), faults, jax.config.jax_compilation_cache_dir)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "variables", "count"),
     [
@@ -90,6 +91,7 @@ def test_all_processes_fail_together(monkeypatch, capsys):
         devices.on_first_process(lambda: 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "remedy"),
     [

@@ -220,6 +220,9 @@ def test_batches_are_cropped_and_of_cifar_flipped_and_mixed():
     same = (flipped == plain).all(axis=(1, 2, 3))
     assert (same ^ (flipped[:, :, ::-1] == plain).all(axis=(1, 2, 3))).all()
     assert 0 < same.sum() < 16
+    halves = np.where(np.arange(16)[:, None] < 8, 0, np.full_like(BLANK, 255))
+    digits, _ = batch(halves, dataset="digits")  # which are not mirrored
+    assert (digits[:, :, :8].sum(axis=(1, 2, 3)) <= digits[:, :, 8:].sum(axis=(1, 2, 3))).all()
     assert (mixed != flipped).any()
     assert (mixed_labels != labels).any()
 
