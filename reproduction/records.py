@@ -224,17 +224,23 @@ def table(study: Study, folder: Path) -> Table:
             devices = sorted(there["device"].dropna().unique())
             titles = [", ".join([title, *devices]) for title in there["group"]]
             runs.loc[there.index, "group"] = titles
-    return _choose_rates(runs.assign(outcome=runs[study.outcome.column]))
+    return _choose_rates(runs.assign(outcome=runs[study.outcome.column]), waits=study.preset)
 
 
-def _choose_rates(runs: Table) -> Table:
+def _choose_rates(runs: Table, waits: bool) -> Table:
     """Adds to a table each arm's learning rate with the lowest mean validation loss.
 
     Where no images validate, all learning rates are chosen. A rate at which a planned run diverged
-    comes last, and of equals the smallest is chosen.
+    comes last, and of equals the smallest is chosen. If it `waits`, none is chosen while planned
+    runs of the group are missing.
     """
     runs = runs.assign(chosen=True, at_end=False)
+    done: Any = runs["state"].isin(("finished", "diverged")) | ~runs["planned"]
     for _, arm in runs[runs["validation_size"] > 0].groupby(["repeat", "group", "arm"]):
+        here = (runs["repeat"] == arm["repeat"].iloc[0]) & (runs["group"] == arm["group"].iloc[0])
+        if waits and not done[here].all():
+            runs.loc[arm.index, "chosen"] = False
+            continue
         losses = arm["validation_loss"].mask(arm["state"] == "diverged", math.inf)
         means = losses[arm["planned"]].groupby(arm["learning_rate"]).mean().dropna()
         if len(means) > 1:

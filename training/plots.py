@@ -25,11 +25,8 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 LAYER_HEIGHT = 0.16  # inches of a layer in a map
-BLUE, ORANGE, GREEN = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-)  # Okabe and Ito: told apart by the color-blind
+# Okabe and Ito: told apart by the color-blind.
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
 def plot_curves(records: Sequence[Record], experiment: Experiment, title: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from synthetic import cifar100, short, write, write_tuned
 
 from reproduction import figures, report
 from reproduction.presets import PAPER_METHODS, PRESETS
+from reproduction.records import table
 from training import data
 
 PLAIN = np.array([0.48, 0.49, 0.50, 0.51, 0.52])
@@ -94,6 +95,15 @@ def test_methods_are_compared_by_test_loss_where_their_validation_loss_is_lowest
     assert found["difference (95% interval)"] == "+0.1000 (-0.5572 to +0.7572)"
     assert (found["p"], found["n"]) == ("0.580", "3")
     assert "AdamW with learning rate 0.001, 0.002, 0.004, multiplied" in text
+
+
+def test_a_preset_chooses_no_learning_rate_before_all_its_runs_are_in(tmp_path):
+    study = write_tuned(tmp_path)._replace(preset=True)
+    assert table(study, tmp_path)["chosen"].sum() == 6  # three seeds of each method
+    (tmp_path / f"{study.experiments[-1].name}.jsonl").unlink()
+    assert not table(study, tmp_path)["chosen"].any()
+    report.write_report(study, tmp_path)
+    assert "| test loss |" not in (tmp_path / "REPORT.md").read_text()
 
 
 def test_contrasts_of_several_arms_and_the_measured_effect(tmp_path):
