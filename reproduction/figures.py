@@ -84,6 +84,7 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
         other = table(PRESETS[study.beside], folder.parent / study.beside)
         other = other[(other["state"] == "finished") & (other["repeat"] == "")]
         drawn = pd.concat([done, other[other["method"].isin(done["method"])]])
+    drawn = drawn.assign(arm=[describe(it, "method") for it in drawn["experiment"]])
     validated = runs["validation_size"].any()  # then test results are for chosen runs only
     for name in ("learning_rate", "weight_decay"):
         quantity = "Validation loss" if validated else "Test accuracy"
@@ -254,9 +255,10 @@ def against(figure: Figure, groups: Groups, name: str) -> None:
         for method, each in runs.groupby("method", sort=False):
             color = COLORS.get(str(method), OTHER)
             line = "--" if method == "autoscale_p1" else "-"
-            text = describe(each["experiment"].iloc[0], "method")
             means = each.groupby(name)[column].mean()
-            axes.plot(means, line, marker="_", color=color, label=text, linewidth=1.5)
+            axes.plot(
+                means, line, marker="_", color=color, label=each["arm"].iloc[0], linewidth=1.5
+            )
             axes.plot(each[name], each[column], "o", color=color, markersize=3, alpha=0.6)
         ticks = sorted(set(runs[name]))
         smallest = min(tick for tick in ticks if tick > 0)

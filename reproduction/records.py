@@ -186,7 +186,7 @@ def table(study: Study, folder: Path) -> Table:
         that finished;
       - outcome: the one of them that the study compares;
       - chosen, at_end: whether the run has its arm's best learning rate, and whether that is an
-        end of the grid; see `_choose_rates`;
+        end of the grid; see `choose_rates`;
       - device, device_count, commit, versions, diverged: as in the record;
       - records: the list of epochs.
 
@@ -224,10 +224,10 @@ def table(study: Study, folder: Path) -> Table:
             devices = sorted(there["device"].dropna().unique())
             titles = [", ".join([title, *devices]) for title in there["group"]]
             runs.loc[there.index, "group"] = titles
-    return _choose_rates(runs.assign(outcome=runs[study.outcome.column]), waits=study.preset)
+    return choose_rates(runs.assign(outcome=runs[study.outcome.column]), waits=study.preset)
 
 
-def _choose_rates(runs: Table, waits: bool) -> Table:
+def choose_rates(runs: Table, waits: bool) -> Table:
     """Adds to a table each arm's learning rate with the lowest mean validation loss.
 
     Where no images validate, all learning rates are chosen. A rate at which a planned run diverged

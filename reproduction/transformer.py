@@ -9,6 +9,7 @@ skipped; one that was interrupted begins again.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,25 +25,24 @@ import optax
 import pandas as pd
 import tyro
 from flax import nnx
-from matplotlib.figure import Figure
 from rich.progress import Progress
-from statsmodels.stats.weightstats import DescrStatsW
 
 from examples import transformer
 from optax_autoscale import global_std, measure_effect
 from reproduction import replacing
 from reproduction.effect import over_seeds
-from reproduction.figures import COLORS, figure_of
-from reproduction.records import Table
-from reproduction.report import between, listed, markdown, p_value, short, spread
-from reproduction.statistics import mean_interval
+from reproduction.figures import against, figure_of
+from reproduction.presets import best_rates, described
+from reproduction.records import Table, choose_rates
+from reproduction.report import difference_section, listed, markdown, short, spread
+from reproduction.statistics import differences
+from reproduction.studies import Outcome, Study
 from training import UserError, devices
 from training.optimizers import graft
 from training.record import environment
 from training.signals import one_line_errors
 
 EVERY = 50  # steps between the lines of a record
-MARGIN = 0.02  # nats per byte
 DEFAULT = 1e-3  # the learning rate of the recipe
 LABELS = {
     "none": "AdamW",
@@ -86,6 +86,15 @@ parameters and see the same batches.
   added for all methods, until none is.
 
 Nothing is tested before all runs are in. Whatever else is looked at later is called exploratory."""
+
+
+STUDY = Study(
+    *("transformer", "A transformer at equal tuning", ()),
+    families=partial(best_rates, kind="primary"),
+    outcome=Outcome("test_loss", "test loss", "nat", "nats per byte", 3, 0.02, 1e9),
+    plan=PLAN,
+    preset=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,81 +208,92 @@ def rounded(value: jax.typing.ArrayLike) -> float | None:
 
 
 def read(folder: Path) -> Table:
-    """The runs whose records are in a folder, a row each, with the losses after the last step.
+    """The runs whose records are in a folder, and those that their grid lacks, a row each.
+
+    Its columns are the options, the losses after the last step, the effect by step, and those of
+    `reproduction.records.table` that statistics need.
 
     Raises:
       ValueError: if there is no record.
     """
-    rows = []
+    rows: dict[Run, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         first, *lines = map(json.loads, path.read_text().splitlines())
         steps = pd.DataFrame(lines, dtype=float)
-        row = {**first, **first["config"], **steps.iloc[-1]}
-        rows.append(row | {key: steps[key].to_numpy() for key in ("norm_ratio", "cosine")})
+        effect = {key: steps[key].to_numpy() for key in ("norm_ratio", "cosine")}
+        last = steps.iloc[-1]
+        state = "finished" if math.isfinite(last["test_loss"]) else "diverged"
+        rows[Run(**first["config"])] = {**first, **last, **effect, "state": state}
     if not rows:
         raise UserError(f"{folder} holds no records; run it without --report")
-    return pd.DataFrame(rows)
-
-
-def best_rates(runs: Table) -> dict[str, float]:
-    """The learning rate of each method with the lowest validation loss, as a mean over seeds."""
-    means = by_seed(runs, "validation_loss").mean(axis=1, skipna=False)
-    return means.unstack().idxmin(axis=1).to_dict()
-
-
-def by_seed(runs: Table, name: str) -> Table:
-    """A loss by method and learning rate, a column for each seed; NaN where a run diverged."""
-    return runs.pivot(index=["method", "learning_rate"], columns="seed", values=name)
+    seen = [sorted(set(values)) for values in zip(*map(dataclasses.astuple, rows), strict=True)]
+    seen[0].sort(key=[*LABELS].index)
+    runs: Table = pd.DataFrame(
+        {"experiment": run, "arm": LABELS[run.method], "state": "missing"}
+        | dataclasses.asdict(run)
+        | rows.get(run, {})
+        for run in itertools.starmap(Run, itertools.product(*seen))
+    )
+    runs = runs.assign(group="At each one's best learning rate", repeat="", planned=True)
+    return choose_rates(runs.assign(validation_size=1, outcome=runs["test_loss"]), waits=True)
 
 
 def write_report(folder: Path) -> None:
     """Writes `REPORT.md` and its figure from the records in a folder."""
     runs = read(folder)
-    with figure_of(folder / "transformer", (6, 3.6)) as figure:
-        draw(figure, runs)
+    with figure_of(folder / "transformer", (6, 3.2)) as figure:
+        against(figure, [("", runs)], "learning_rate")
     (folder / "REPORT.md").write_text(report(runs))
 
 
 def report(runs: Table) -> str:
     """The report's text; the comments in it mark the parts that the guide includes."""
-    methods = [method for method in LABELS if method in set(runs["method"])]
-    rates, seeds = sorted(set(runs["learning_rate"])), runs["seed"].nunique()
-    missing = len(methods) * len(rates) * seeds - len(runs)
-    best = {} if missing else best_rates(runs)
+    made = runs[runs["state"] != "missing"]
+    default = runs[runs["chosen"].any() & (runs["learning_rate"] == DEFAULT)]
     grid = []
-    for method in methods:
-        row = {"method": LABELS[method]}
-        for rate in rates:
-            there = runs[(runs["method"] == method) & (runs["learning_rate"] == rate)]
-            text = spread(there["test_loss"].dropna(), 3)
-            row[f"{rate:g}"] = f"**{text}**" if best.get(method) == rate else text
-        grid.append(row)
-    first = runs.iloc[0]
+    for arm, each in runs.groupby("arm", sort=False):
+        grid.append({"method": str(arm)})
+        for rate, there in each.groupby("learning_rate"):
+            text = spread(there["validation_loss"].dropna(), 3)
+            grid[-1][f"{rate:g}"] = f"**{text}**" if there["chosen"].all() else text
+    at_default = STUDY._replace(families=described)
+    of_default = default.assign(chosen=True, group=f"At {DEFAULT:g}")
+    found = [differences(STUDY, runs), differences(at_default, of_default)]
+    first = made.iloc[0]
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("python", "jax", "flax"))
-    commits = listed(map(short, runs["commit"]))
+    commits = listed(map(short, made["commit"]))
     return f"""\
-# A transformer at equal tuning
+# {STUDY.title}
 
 ## The plan
 
-{PLAN}
+{STUDY.plan}
 
-## Test loss by learning rate
-
-<!-- table -->
+## Validation loss by learning rate
 
 {markdown(grid)}
 
-In nats per byte: mean ± standard deviation over {seeds} seeds; in bold at the rate that the \
-validation loss chose. Runs that diverged, and are left out: {runs["test_loss"].isna().sum()}.
+In nats per byte: mean ± standard deviation over seeds; in bold at the rate that is chosen once \
+all runs are in. Runs that diverged, and are left out: {(runs["state"] == "diverged").sum()}. Runs \
+that are missing: {len(runs) - len(made)}.
 
-{f"Comparisons wait for {missing} runs." if missing else comparisons(runs, best)}
+## Test loss
+
+<!-- table -->
+
+{markdown(rows) if (rows := [*outcomes(runs[runs["chosen"]]), *outcomes(default)]) else ""}
+
+At the chosen rates, then at {DEFAULT:g}. Norm ratio and cosine beside AdamW on the same \
+gradients: medians over every {EVERY}th step; of these the median, smallest and largest of the \
+seeds.
+
+{difference_section(STUDY, pd.concat(found))}
 
 <!-- figure -->
 
-![Test loss against the learning rate, by method](transformer.png)
+![Validation loss against the learning rate, by method](transformer.png)
 
-*Test loss in nats per byte; lines are means over seeds, dots the seeds.*
+*Validation loss in nats per byte; lines are means over seeds, dots the seeds.*
 
 <!-- command -->
 
@@ -282,59 +302,23 @@ python -m reproduction.transformer
 python -m reproduction.transformer --report    # this page, from the records beside it
 ```
 
-{first["device_count"]} x {first["device"]}; {versions}; commit {commits}.
+{first["device_count"]:g} x {first["device"]}; {versions}; commit {commits}.
 """
 
 
-def comparisons(runs: Table, best: dict[str, float]) -> str:
-    """Each method minus AdamW within seeds, at each one's best rate and at the default."""
-    test, rows = by_seed(runs, "test_loss"), []
-    default = dict.fromkeys(best, DEFAULT) if DEFAULT in set(runs["learning_rate"]) else {}
-    for rates in (best, default):
-        for method in sorted(rates, key=[*LABELS].index):
-            losses = test.loc[(method, rates[method])]
-            minus = losses - test.loc[("none", rates["none"])]
-            where = (runs["method"] == method) & (runs["learning_rate"] == rates[method])
-            ratios, cosines = runs[where]["norm_ratio"], runs[where]["cosine"]
-            row = {"method": LABELS[method], "learning rate": f"{rates[method]:g}"}
-            row["test loss"] = spread(losses.dropna(), 3)
-            row["minus AdamW (95% interval)"] = "-" if method == "none" else interval(minus)
-            row["norm ratio"] = over_seeds(ratios.to_list(), skip=0)
-            rows.append(row | {"cosine": over_seeds(cosines.to_list(), skip=0)})
-    primary = test.loc[("autoscale", best["autoscale"])] - test.loc[("none", best["none"])]
-    tests: Any = DescrStatsW(primary)
-    return f"""\
-Within seeds, at each one's best rate, then at {DEFAULT:g}:
-
-{markdown(rows)}
-
-Norm ratio and cosine beside AdamW on the same gradients: medians over every {EVERY}th step; of \
-these the median, smallest and largest of the seeds.
-
-Primary, Autoscale minus AdamW at each one's best rate: {interval(primary)}; \
-p = {p_value(tests.ttest_mean()[1])}, for equivalence within {MARGIN:g} \
-p = {p_value(tests.ttost_mean(-MARGIN, MARGIN)[0])}."""
-
-
-def interval(differences: Table) -> str:
-    """The mean and its 95% interval; NaN where a run of the two diverged."""
-    mean = differences.mean(skipna=False)
-    return f"{mean:+z.3f} ({between(*mean_interval(differences), '+z.3f')})"
-
-
-def draw(figure: Figure, runs: Table) -> None:
-    """The test loss against the learning rate, a line for each method, the seeds as dots."""
-    axes = figure.subplots()
-    for method, text in LABELS.items():
-        there = runs[runs["method"] == method]
-        color, line = (COLORS["autoscale"], "--") if method not in COLORS else (COLORS[method], "-")
-        axes.plot(there.groupby("learning_rate")["test_loss"].mean(), line, color=color, label=text)
-        axes.plot(there["learning_rate"], there["test_loss"], "o", color=color, markersize=3)
-    rates = sorted(set(runs["learning_rate"]))
-    axes.set(xscale="log", xlabel="learning rate", ylabel="test loss, nats per byte")
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axes.minorticks_off()
-    axes.legend()
+def outcomes(runs: Table) -> list[dict[str, str]]:
+    """The test loss of each method, and its effect on AdamW's steps."""
+    return [
+        {
+            "method": str(arm),
+            "learning rate": f"{rate:g}"
+            + ", an end of the grid" * bool((each["chosen"] & each["at_end"]).all()),
+            "test loss": spread(each["test_loss"].dropna(), 3),
+            "norm ratio": over_seeds(each["norm_ratio"].to_list(), skip=0),
+            "cosine": over_seeds(each["cosine"].to_list(), skip=0),
+        }
+        for (arm, rate), each in runs.groupby(["arm", "learning_rate"], sort=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -36,13 +36,16 @@ def test_the_report_of_hand_worked_runs(folder):
     assert study.PLAN in page
     # Differences at the best rates: 0.01, 0.02, 0.03; at 1e-3: 0.11, 0.12, 0.13. The standard
     # deviation is 0.01 in both, and half the interval 4.30265 * 0.01 / sqrt(3) = 0.0248.
+    best, default = "+0.020 (-0.005 to +0.045)", "+0.120 (+0.095 to +0.145)"
     for line in (
-        "| AdamW | 1.510 ± 0.010 | **1.610 ± 0.010** |",
-        "| Autoscale | **1.630 ± 0.020** | 1.000 ± 0.000 |",
+        "| AdamW | 2.000 ± 0.100 | **1.800 ± 0.100** |",
+        "| Autoscale | **1.900 ± 0.100** | 1.000 ± 0.000 |",
         "Runs that diverged, and are left out: 1.",
-        "| Autoscale | 0.001 | 1.630 ± 0.020 | +0.020 (-0.005 to +0.045) | 0.800 [0.800, 0.800] |",
-        "| Autoscale | 0.001 | 1.630 ± 0.020 | +0.120 (+0.095 to +0.145) |",
-        "rate: +0.020 (-0.005 to +0.045); p = 0.074, for equivalence within 0.02 p = 0.500.",
+        "| AdamW | 0.002, an end of the grid | 1.610 ± 0.010 | 0.800 [0.800, 0.800] |",
+        "| Autoscale | 0.001, an end of the grid | 1.630 ± 0.020 | 0.800 [0.800, 0.800] |",
+        "| AdamW | 0.001 | 1.510 ± 0.010 |",
+        f"| Autoscale minus AdamW | {best} | 3 | 0.074 | 0.500 |",
+        f"| Autoscale minus AdamW | {default} | 3 |",
     ):
         assert line in page
     assert (folder / "transformer.png").exists()
@@ -51,8 +54,9 @@ def test_the_report_of_hand_worked_runs(folder):
 def test_nothing_is_compared_before_all_runs_are_in(folder):
     (folder / "none-0.001-2.jsonl").unlink()
     page = study.report(study.read(folder))
-    assert "Comparisons wait for 1 runs." in page
-    assert "Primary, Autoscale" not in page
+    assert "planned runs that are missing: 1." in page
+    assert "Autoscale minus AdamW" not in page
+    assert "**" not in page.partition("## Validation loss")[2].partition("In nats")[0]
 
 
 def test_no_records_are_an_error(tmp_path):
