@@ -97,6 +97,7 @@ def holm(tests: dict[Any, Difference]) -> dict[Any, float]:
     return dict(zip(tests, multipletests(p_values, method="holm")[1], strict=True))
 
 
+@functools.cache
 def facts() -> dict[str, str]:  # a fact a line; a line that is indented continues one
     adamw, l2, vit = select("cifar100"), select("cifar100", "adam"), select("vit")
     gpu = pd.concat([select("cifar100", of, gpu=True) for of in ("adamw", "adam")])
