@@ -51,7 +51,7 @@ Paint = Callable[[Figure, Groups], None]
 
 
 def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
-    """Draws all figures for which there are records, each as PNG and SVG.
+    """Draws all figures for which there are records, as PNG.
 
     Args:
       study: the study.
@@ -122,14 +122,12 @@ def groups(rows: Table) -> Groups:
 
 @contextlib.contextmanager
 def figure_of(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure to draw on, saved as `path` with the suffixes png and svg, deterministically."""
-    with mpl.rc_context(STYLE | {"svg.hashsalt": path.name}):
+    """A figure to draw on, saved as `path` with the suffix png."""
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         with replacing(path.with_suffix(".png")) as part:
             figure.savefig(part, format="png")
-        with replacing(path.with_suffix(".svg")) as part:
-            figure.savefig(part, format="svg", metadata={"Date": None})
 
 
 def looks_of(runs: Table) -> dict[str, Look]:

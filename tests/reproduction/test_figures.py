@@ -138,4 +138,4 @@ def test_the_forest_shows_intervals_and_seeds_and_the_paper(tmp_path):
     assert list(second["label"]) == ["Autoscale minus AdamW"] * 2
     (diamond,) = (line for line in above.lines if line.get_marker() == "D")
     assert diamond.get_xydata().tolist() == [[pytest.approx(61.34 - 59.32), 0]]
-    assert (tmp_path / "verdict.svg").exists()
+    assert (tmp_path / "verdict.png").exists()
