@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from reproduction import replacing
 from reproduction.presets import PAPER_ACCURACY, PRESETS
@@ -238,8 +238,8 @@ def varied(runs: Table, name: str) -> Groups:
     for _, each in runs.groupby(keys, sort=False):
         if each[name].nunique() > 1:
             it = each["experiment"].iloc[0]
-            words = [describe(it, key) for key in ("model", "dataset", "optimizer", other)]
-            found.append((", ".join(words), each))
+            words = ["model", "dataset", "optimizer", *[other] * (runs[other].nunique() > 1)]
+            found.append((", ".join(describe(it, key) for key in words), each))
     return found
 
 
@@ -266,6 +266,7 @@ def against(figure: Figure, groups: Groups, name: str) -> None:
         if validated:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.set(title=textwrap.fill(title, 32), xlabel=name.replace("_", " "))
 
