@@ -112,6 +112,7 @@ class Program:
         # memory, on a GPU with two launches per layer.
         self.train_step: Any = jax.jit(self._step, out_shardings=(place, everywhere))
         self._eval_step: Any = jax.jit(self._evaluate, out_shardings=everywhere)
+        self._compiled: dict[int, Any] = {}  # the same, by the number of images
 
     def put(self, images: np.ndarray, labels: np.ndarray) -> Data:
         """Puts a data set on all devices.
@@ -127,8 +128,9 @@ class Program:
         """Compiles all functions, so that compile time is not part of an epoch's time."""
         order = self.epoch_order(np.int32(1))
         self.train_step = self.train_step.lower(state, train_data, order).compile()
-        for data in evaluated:  # a batch of each, as there is a program for each number of images
-            self._eval_step(state, data, np.int32(0))
+        for data in evaluated:
+            compiled = self._eval_step.lower(state, data, np.int32(0)).compile()
+            self._compiled[len(data[1])] = compiled
 
     def evaluate(
         self, state: TrainState, data: Data, evaluated: Callable[[int], object] = lambda _: None
@@ -138,9 +140,10 @@ class Program:
         Calls `evaluated` with the number of images of a batch when it is done.
         """
         count = len(data[1])
+        eval_step = self._compiled.get(count, self._eval_step)
         sums: list[Any] = []
         for first in range(0, count, self._eval_batch):
-            sums.append(self._eval_step(state, data, np.int32(first)))
+            sums.append(eval_step(state, data, np.int32(first)))
             if first > 0:  # one is computed while the next is dispatched
                 jax.block_until_ready(sums[-2])
                 evaluated(self._eval_batch)
