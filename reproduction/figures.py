@@ -84,6 +84,7 @@ def draw(study: Study, runs: Table, found: Table, folder: Path) -> list[str]:
         other = table(PRESETS[study.beside], folder.parent / study.beside)
         other = other[(other["state"] == "finished") & (other["repeat"] == "")]
         drawn = pd.concat([done, other[other["method"].isin(done["method"])]])
+    # Those of another study may have other arms.
     drawn = drawn.assign(arm=[describe(it, "method") for it in drawn["experiment"]])
     validated = runs["validation_size"].any()  # then test results are for chosen runs only
     for name in ("learning_rate", "weight_decay"):

@@ -38,7 +38,7 @@ from reproduction.report import difference_section, listed, markdown, short, spr
 from reproduction.statistics import differences
 from reproduction.studies import Outcome, Study
 from training import UserError, devices
-from training.optimizers import graft
+from training.optimizers import METHODS, graft
 from training.record import environment
 from training.signals import one_line_errors
 
@@ -48,7 +48,7 @@ LABELS = {
     "none": "AdamW",
     "autoscale": "Autoscale",
     "autoscale_no_embeddings": "Autoscale without the embeddings",
-    "autoscale_norm": "AdamW's direction, Autoscale's norm",
+    "autoscale_norm": METHODS["autoscale_norm"].label,
 }
 KEYS = ("global_std", "scale_factor", "norm_ratio", "cosine")  # of the optimizer's state
 
@@ -256,6 +256,7 @@ def report(runs: Table) -> str:
         for rate, there in each.groupby("learning_rate"):
             text = spread(there["validation_loss"].dropna(), 3)
             grid[-1][f"{rate:g}"] = f"**{text}**" if there["chosen"].all() else text
+    rows = [*outcomes(runs[runs["chosen"]]), *outcomes(default)]
     at_default = STUDY._replace(families=described)
     of_default = default.assign(chosen=True, group=f"At {DEFAULT:g}")
     found = [differences(STUDY, runs), differences(at_default, of_default)]
@@ -281,7 +282,7 @@ that are missing: {len(runs) - len(made)}.
 
 <!-- table -->
 
-{markdown(rows) if (rows := [*outcomes(runs[runs["chosen"]]), *outcomes(default)]) else ""}
+{markdown(rows) if rows else ""}
 
 At the chosen rates, then at {DEFAULT:g}. Norm ratio and cosine beside AdamW on the same \
 gradients: medians over every {EVERY}th step; of these the median, smallest and largest of the \

@@ -101,7 +101,7 @@ def _keep_compiled() -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # most are small
 
 
 def start_processes(launch: Launch) -> None:

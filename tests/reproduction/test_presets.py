@@ -83,7 +83,7 @@ def test_committed_records_are_of_their_study_and_say_what_was_migrated(name):
     folders = [ROOT / "results" / name, *(ROOT / "results" / name).glob("*/")]
     for run in (run for folder in folders for run in records.read(folder).values()):
         assert same_results(run.experiment) in planned
-        if run.experiment.seed == 0:  # to parse takes 30 ms
+        if run.experiment.seed == 0:  # the others' differ in that alone
             assert parse(run.description["command"].split()[2:])[0] == run.experiment
         migrated = run.description.get("migrated", {})
         if "method" in migrated:
