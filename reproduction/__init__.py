@@ -4,7 +4,14 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+
+if missing := [name for name in ("pandas", "scipy", "statsmodels") if find_spec(name) is None]:
+    raise SystemExit(
+        f"studies need {', '.join(missing)}: in the clone, with pip 25.1 or newer, run "
+        "`pip install --group reproduce`"
+    )
 
 
 @contextlib.contextmanager

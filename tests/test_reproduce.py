@@ -274,3 +274,13 @@ def test_nothing_is_reported_where_nothing_is_done_yet(tmp_path, monkeypatch, ca
     assert output.count(" is in use by another process\n") == 4
     assert "4 of 4 runs are left to other processes" in output
     assert not list(tmp_path.rglob("REPORT.md"))
+
+
+def test_where_the_packages_of_statistics_are_missing_one_line_says_how_to_install_them():
+    blocked = "import runpy, sys; sys.modules['pandas'] = None; sys.path.insert(0, '.'); "
+    command = [sys.executable, "-c", f"{blocked}runpy.run_path('reproduce.py')"]
+    ended = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "need pandas: " in ended.stderr
+    assert "pip install --group reproduce" in ended.stderr
