@@ -228,6 +228,7 @@ def read(folder: Path) -> Table:
         raise UserError(f"{folder} holds no records; run it without --report")
     seen = [sorted(set(values)) for values in zip(*map(dataclasses.astuple, rows), strict=True)]
     seen[0].sort(key=[*LABELS].index)
+    seen[2] = sorted({*seen[2], *range(Options.seeds)})  # a seed may lack all its runs
     runs: Table = pd.DataFrame(
         {"experiment": run, "arm": LABELS[run.method], "state": "missing"}
         | dataclasses.asdict(run)
