@@ -51,7 +51,7 @@ def runs() -> pd.DataFrame:
     rows = []
     for path in sorted((ROOT / "results").glob("**/*.jsonl")):
         study = path.relative_to(ROOT / "results").parts[0].removesuffix("-gpu")
-        if study == "effect":
+        if study in ("effect", "transformer"):  # the second is incomplete
             continue
         about, *by_epoch = map(json.loads, path.read_text().splitlines())
         first, last = by_epoch[0], by_epoch[-1]
