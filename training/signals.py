@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -111,7 +111,11 @@ def say_at_once(text: str) -> None:
 def interruptible(function: Callable[[], None]) -> None:
     """Calls a function in a thread, so that signals are handled while it compiles."""
     with ThreadPoolExecutor(1) as executor:
-        executor.submit(function).result()
+        future = executor.submit(function)
+        # One that arrives just before this thread waits, or in another thread, does not wake it.
+        while wait([future], timeout=1).not_done:
+            pass
+        future.result()
 
 
 @contextlib.contextmanager
