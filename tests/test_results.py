@@ -257,7 +257,7 @@ no significant difference (p = {p[3]:.3f}, a study of its own), and no equivalen
   p = {tost[3][0]:.3f}):
 Autoscale is {norm[3]} above AdamW's direction with the length of Autoscale's step, which is
   {short} from AdamW.
-extended by {rates[0]:g}, as {rates[1]:g} was its lowest rate and the best for all methods.
+extended by {rates[0]:g}, as {rates[1]:g} was best, and an end.
 At 0.008, VGG-7 does not learn with it: its validation loss on digits is
   {losses[2][0.008]["autoscale"]:.3f} (chance: {np.log(10):.3f}), and
   {losses[2][0.008]["none"]:.3f} without.
