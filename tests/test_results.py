@@ -220,7 +220,7 @@ def tuned_facts() -> dict[str, str]:
     p, n = [*holm(dict(enumerate(pairs[:3]))).values(), pairs[3].p], len(arm(alone[0]))
     tost = [ttost_paired(arm(it, of="loss"), arm(it, "none", "loss"), -0.03, 0.03) for it in alone]
     assert [it < 0.05 for it in p] == [False, False, True, False]
-    assert [it[0] < 0.05 / 3 for it in tost] == [True, False, False, False]
+    assert [it[0] < 0.05 / 3 for it in tost[:3]] == [True, False, False]
     assert tost[3][0] > 0.05  # a study of its own
     norm = [nats(minus(it, "autoscale", "autoscale_norm", of="loss")) for it in groups]
     centering = minus(groups[2], "centering", of="loss")
@@ -280,7 +280,7 @@ and {pairs[2].value:+.3f} nats of test loss ({pairs[2].low:+.3f} to {pairs[2].hi
 | normalized: ResNet-56 | {default[1]} points | {nats(pairs[1])} nats |
 | not normalized: VGG-7 | {nats(at_default)} nats of validation loss | {nats(pairs[2])} nats |
 | transformer: ViT | {minus(select("vit"))} points | {nats(pairs[3])} nats |
-Autoscale is {norm[3]} nats above AdamW's direction with its length
+Autoscale is {norm[3]} nats above AdamW's direction with Autoscale's length: descriptive
 {best[2]["autoscale"]:g} instead of {best[2]["none"]:g} in VGG-7.
 at 0.001, the validation loss of ResNet-56 is {losses[1][0.001]["none"]:.3f} with AdamW,
   {losses[1][0.001]["autoscale"]:.3f} with Autoscale, and
