@@ -26,7 +26,7 @@ from training.record import read_records
 from training.run_folder import LOCK
 
 ROOT = Path(train.__file__).parent
-TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4, 8)))
+TINY = MODELS["resnet20"]._replace(make=partial(resnet8, widths=(4,)))
 ARGS = ("--train-size=96", "--validation-size=20", "--batch-size=16", "--epochs=3", "--effect")
 STEPS = 6  # in an epoch of a run with these options
 STARTED: list[subprocess.Popen[str]] = []

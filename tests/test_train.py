@@ -40,7 +40,7 @@ def test_records(run):
     assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8)]
     for record in records:
         layers = list(record["layer_std"])
-        assert (layers[0], layers[-1], len(layers)) == ("stem/conv/kernel", "classifier/kernel", 6)
+        assert (layers[0], layers[-1], len(layers)) == ("stem/conv/kernel", "classifier/kernel", 4)
         assert np.isfinite(list(record["layer_std"].values())).all()
         assert record["exponent"] in (1, 2)
         assert 0 < (record["scale_factor"] or 0) <= (record["scale_factor_max"] or 0)

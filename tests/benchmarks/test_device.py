@@ -26,7 +26,7 @@ def test_steps_that_differ_are_told(deterministic):
 
 
 @pytest.mark.slow
-def test_all_parts_are_measured(monkeypatch, capsys):
+def test_all_parts_are_measured(compile_faster, monkeypatch, capsys):
     monkeypatch.setitem(MODELS, "resnet20", TINY)
     monkeypatch.setattr(device.devices, "prepare", lambda batch_size: None)
     device.main(("resnet20",), ("float32",), batch_size=16, steps=2, repeats=2)

@@ -67,7 +67,7 @@ def test_no_records_are_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_records_are_the_same_after_an_interruption(monkeypatch, tmp_path):
+def test_records_are_the_same_after_an_interruption(compile_faster, monkeypatch, tmp_path):
     for name, size in {"WIDTH": 16, "DEPTH": 2, "CONTEXT": 16}.items():
         monkeypatch.setattr(study.transformer, name, size)
     monkeypatch.setattr(study, "EVERY", 2)
