@@ -67,24 +67,25 @@ $(BIN)/.pip:
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
 	touch $@
 
-# Sizes as du shows them with JAX=cpu, Python 3.11 on Linux.
+# Sizes as du shows them with JAX=cpu, Python 3.11 on Linux. Python compiles what it imports; pip would
+# compile all of it, which takes a third of the time.
 $(TRAINING): pyproject.toml | $(BIN)/.pip
 	@echo 'Installing what train.py needs into $(VENV), once: about 900 MB (more with JAX=cuda13 or tpu) ...'
-	$(BIN)/python -m pip install --quiet --editable . --group train 'jax$(JAX_EXTRA)'
+	$(BIN)/python -m pip install --quiet --no-compile --editable . --group train 'jax$(JAX_EXTRA)'
 	touch $@
 
 $(INSTALLED): pyproject.toml | $(BIN)/.pip
 	@echo 'Installing what the tests need into $(VENV), once: about 1.4 GB (more with JAX=cuda13 or tpu) ...'
-	$(BIN)/python -m pip install --quiet --editable . --group dev 'jax$(JAX_EXTRA)'
+	$(BIN)/python -m pip install --quiet --no-compile --editable . --group dev 'jax$(JAX_EXTRA)'
 	touch $@ $(TRAINING)
 
 $(VENV)/.installed-docs: $(INSTALLED)
 	@echo 'Installing what the site needs into $(VENV) ...'
-	$(BIN)/python -m pip install --quiet --editable . --group docs
+	$(BIN)/python -m pip install --quiet --no-compile --editable . --group docs
 	touch $@
 
 $(ACCELERATORS)/.installed: benchmarks/compiled/requirements.txt
 	@echo 'Installing the compilers of a TPU and a GPU into $(ACCELERATORS), once: about 2 GB ...'
 	$(PYTHON) -m venv --clear --upgrade-deps $(ACCELERATORS)
-	$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $< --editable . --group train
+	$(ACCELERATORS)/bin/python -m pip install --quiet --no-compile --requirement $< --editable . --group train
 	touch $@

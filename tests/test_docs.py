@@ -5,7 +5,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import jax
 import optax
 import pytest
 
@@ -30,15 +29,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.fixture
-def _compile_faster():
-    """Nearly all the time goes into compiling programs that run for microseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_compile_faster")
+@pytest.mark.usefixtures("compile_faster")
 @pytest.mark.parametrize("path", WITH_CODE, ids=name)
 def test_code_runs(path):
     run(path)

@@ -16,7 +16,7 @@ from scipy import stats
 from examples import transformer
 from optax_autoscale import autoscale, exclude
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_faster")]
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -12,6 +12,7 @@ import pytest
 from optax_autoscale import autoscale, center_layers, exclude, global_std, layer_std, measure_effect
 from tests import oracle, pages
 
+pytestmark = pytest.mark.usefixtures("compile_faster")
 RATE = 100.0  # large beside the small gradients below, so that parameters visibly move
 TX = optax.chain(autoscale(), optax.sgd(RATE))
 X = jax.random.normal(jax.random.key(0), (16, 5))
