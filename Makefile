@@ -22,6 +22,8 @@ JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 train: $(TRAINING)
 	$(BIN)/python train.py --auto-resume $(ARGS)
 
+# Without most optimizations, programs compile faster; test-all compiles them as they are used.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
 

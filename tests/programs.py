@@ -44,6 +44,7 @@ def shrunk(number: int = 1) -> Iterator[None]:
     kept = {
         "persistent_cache_min_compile_time_secs": 0,
         "persistent_cache_min_entry_size_bytes": -1,
+        "disable_most_optimizations": number > 0,  # they take longer
     }
     before = {name: getattr(jax.config, f"jax_{name}") for name in kept}
     with contextlib.ExitStack() as stack:
@@ -56,8 +57,6 @@ def shrunk(number: int = 1) -> Iterator[None]:
         for name, value in kept.items():
             jax.config.update(f"jax_{name}", value)
             stack.callback(jax.config.update, f"jax_{name}", before[name])
-        jax.config.update("jax_disable_most_optimizations", number > 0)  # they take longer
-        stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
         yield
 
 
