@@ -22,7 +22,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 @pytest.fixture
 def compile_faster():
     """For programs that run for microseconds: nearly all the time goes into compiling them."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -44,9 +44,10 @@ def shrunk(number: int = 1) -> Iterator[None]:
     kept = {
         "persistent_cache_min_compile_time_secs": 0,
         "persistent_cache_min_entry_size_bytes": -1,
-        "disable_most_optimizations": number > 0,  # they take longer
     }
     before = {name: getattr(jax.config, f"jax_{name}") for name in kept}
+    kept["disable_most_optimizations"] = number > 0  # they take longer
+    before["disable_most_optimizations"] = jax.config.read("jax_disable_most_optimizations")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(MODELS, resnet20=TINY))
         if number:
