@@ -22,7 +22,7 @@ JAX_EXTRA := $(if $(filter-out cpu,$(JAX)),[$(JAX)])
 train: $(TRAINING)
 	$(BIN)/python train.py --auto-resume $(ARGS)
 
-# Without most optimizations, programs compile faster; test-all compiles them as they are used.
+# Without most optimizations, programs compile faster; test-all compiles the library as it is used.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(ARGS)
@@ -72,12 +72,12 @@ $(BIN)/.pip:
 # Sizes as du shows them with JAX=cpu, Python 3.11 on Linux. Python compiles what it imports; pip would
 # compile all of it, which takes a third of the time.
 $(TRAINING): pyproject.toml | $(BIN)/.pip
-	@echo 'Installing what train.py needs into $(VENV), once: about 900 MB (more with JAX=cuda13 or tpu) ...'
+	@echo 'Installing what train.py needs into $(VENV), once: about 800 MB (more with JAX=cuda13 or tpu) ...'
 	$(BIN)/python -m pip install --quiet --no-compile --editable . --group train 'jax$(JAX_EXTRA)'
 	touch $@
 
 $(INSTALLED): pyproject.toml | $(BIN)/.pip
-	@echo 'Installing what the tests need into $(VENV), once: about 1.4 GB (more with JAX=cuda13 or tpu) ...'
+	@echo 'Installing what the tests need into $(VENV), once: about 1.3 GB (more with JAX=cuda13 or tpu) ...'
 	$(BIN)/python -m pip install --quiet --no-compile --editable . --group dev 'jax$(JAX_EXTRA)'
 	touch $@ $(TRAINING)
 
