@@ -56,6 +56,7 @@ def test_sdist_has_what_the_wheel_is_built_from(dist, wheel, tmp_path, monkeypat
     assert again.read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_it_needs_jax_and_optax_alone(wheel, tmp_path):
     """By its metadata, and by what its import adds to theirs; and it imports public names only."""
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -276,6 +276,7 @@ def test_nothing_is_reported_where_nothing_is_done_yet(tmp_path, monkeypatch, ca
     assert not list(tmp_path.rglob("REPORT.md"))
 
 
+@pytest.mark.slow
 def test_where_the_packages_of_statistics_are_missing_one_line_says_how_to_install_them():
     blocked = "import runpy, sys; sys.modules['pandas'] = None; sys.path.insert(0, '.'); "
     command = [sys.executable, "-c", f"{blocked}runpy.run_path('reproduce.py')"]

@@ -40,6 +40,7 @@ def drawn(study: Study, folder: Path):
 
 
 # The others draw nothing by epoch before all their runs are in.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, it in PRESETS.items() if it.outcome == ACCURACY])
 def test_every_arm_has_a_look_of_its_own_and_is_named_inside_the_picture(name, tmp_path):
     study = short(PRESETS[name])

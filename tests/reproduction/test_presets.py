@@ -92,6 +92,7 @@ def test_committed_records_are_of_their_study_and_say_what_was_migrated(name):
             assert command == run.description["command"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_committed_reports_are_those_of_the_committed_records(name, tmp_path):
     committed, copy = ROOT / "results" / name, tmp_path / "results" / name

@@ -123,6 +123,7 @@ def test_what_cannot_be_loaded_is_named_with_a_remedy(monkeypatch, tmp_path):
         main("cifar10", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_digits_need_nothing_of_what_cifar_needs():
     absent = ("array_record", "importlib_resources", "PIL", "tensorflow", "tensorflow_datasets")
     code = f"""

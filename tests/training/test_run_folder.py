@@ -61,6 +61,7 @@ def start_owner():
         os.kill(child, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["of itself", "killed"])
 def test_another_process_is_refused_until_the_owner_ends(end, start_owner, tmp_path):
     folder = tmp_path / "run"
@@ -175,6 +176,7 @@ def test_a_folder_that_is_none_or_holds_something_is_left_as_it_is(files, out, p
     assert LOCK not in files or is_free(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_takes_at_this_moment_is_in_use(
     start_owner, tmp_path, monkeypatch
 ):

@@ -138,6 +138,7 @@ def test_a_program_outlives_its_reader(reader, options):
     assert process.wait(timeout=60) == 7
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_only_what_does_not_fit():
     with open("/dev/full", "wb") as full:
         process = child(TALKS, stdin=subprocess.DEVNULL, stdout=full, stderr=full)
@@ -148,6 +149,7 @@ def test_a_full_disk_loses_only_what_does_not_fit():
         assert os.path.samestat(os.fstat(full.fileno()), os.stat("/dev/full"))
 
 
+@pytest.mark.slow
 def test_a_closed_stream_and_characters_that_the_encoding_lacks():
     code = "sys.stdout = None; outlive_readers(); print(); print('\\udce9 é', file=sys.stderr)"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
