@@ -22,7 +22,7 @@ from reproduction import estimate, records, studies
 from reproduction.figures import draw_verdict
 from reproduction.presets import PRESETS
 from reproduction.records import Table
-from reproduction.report import difference, runs_section, write_report
+from reproduction.report import count, difference, runs_section, write_report
 from reproduction.studies import NO_HINT, Axes, Begun, Study
 from train import NotFinite, train
 from training import UserError, devices
@@ -211,8 +211,8 @@ def reproduce(options: Options) -> None:
         draw_verdict(what.results)
     else:
         show(study, runs, found)
-    count = int((runs["state"] != "missing").sum())
-    print(f"{folder / 'REPORT.md'} holds the report of {count} runs")
+    made = int((runs["state"] != "missing").sum())
+    print(f"{folder / 'REPORT.md'} holds the report of {count(made, 'run')}")
 
 
 def show(study: Study, runs: Table, found: Table) -> None:
@@ -298,9 +298,9 @@ def make_missing(work: Work) -> list[InUse]:
                 with lock(work.run(experiment)):
                     if work.record(experiment).exists():  # since the records were read
                         continue
-                    count = len(work.experiments) - len(missing) + number + 1
+                    place = len(work.experiments) - len(missing) + number + 1
                     left = estimate.time_left(missing[number:], rates)
-                    print(f"run {count} of {len(work.experiments)}, {left}: {experiment.name}")
+                    print(f"run {place} of {len(work.experiments)}, {left}: {experiment.name}")
                     make(experiment, work)
                     break
             except InUse as error:
