@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import training  # noqa: F401  # which has to be imported before pandas
+
 if missing := [name for name in ("pandas", "scipy", "statsmodels") if find_spec(name) is None]:
     raise SystemExit(
         f"studies need {', '.join(missing)}: in the clone, with pip 25.1 or newer, run "

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
@@ -29,7 +28,7 @@ SMALLEST_SHARDED = 1024  # entries; smaller arrays are not worth a gather
 
 
 def prepare(batch_size: int) -> None:
-    """Uses a CPU's cores and memory well, and keeps compiled programs. Call it before JAX is used.
+    """Uses a CPU's cores well, and keeps compiled programs. Call it before JAX is used.
 
     Raises:
       UserError: if JAX is set to float64, in which nothing here computes.
@@ -37,7 +36,6 @@ def prepare(batch_size: int) -> None:
     if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError("JAX_ENABLE_X64 is set, and training is in float32: unset it")
     _use_cores(batch_size)
-    _keep_memory()
     _keep_compiled()
 
 
@@ -62,22 +60,6 @@ def _use_cores(batch_size: int) -> None:
         timeout = "--xla_cpu_collective_call_terminate_timeout_seconds"
         if timeout not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {timeout}={24 * 3600}"
-
-
-def _keep_memory() -> None:
-    """Keeps freed memory for the next step, if the C library is glibc.
-
-    XLA allocates the temporary arrays of a step at its start and frees them at its end. glibc would
-    return blocks of that size to the system, which then fills every page with zeros again.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    # The options' numbers are those of malloc.h. Other arenas would map their large blocks anyway.
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-    libc.mallopt(m_arena_max, 1)
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, -1)
 
 
 def _keep_compiled() -> None:
