@@ -9,7 +9,7 @@ import matplotlib as mpl
 import pytest
 
 from reproduction import records
-from reproduction.presets import PRESETS, compressed, fresh_pairs
+from reproduction.presets import PRESETS, compressed
 from reproduction.report import write_report
 from reproduction.studies import cost, same_results
 from training.optimizers import learning_rate_schedule
@@ -69,12 +69,21 @@ def test_the_study_of_rates_on_cifar100_is_what_its_plan_says():
     }
     penalties = Counter((run.method, run.weight_decay) for run in study.experiments[-6:])
     assert penalties == {("autoscale", 1.05e-3): 2, ("autoscale", 2e-3): 2, ("none", 4e-3): 2}
-    fresh = fresh_pairs(4e-3)
+    fresh = study.experiments[16:-6]
     assert [run.seed for run in fresh] == [6, 6, 7, 7, 8, 8, 9, 9]
-    assert {run.learning_rate for run in fresh} == {4e-3}
-    assert study.group(fresh[0]) == "ResNet-20 on CIFAR-100, AdamW, fresh, learning rate 0.004"
+    assert study.group(fresh[0]) == "ResNet-20 on CIFAR-100, AdamW, fresh, learning rate 0.008"
     (family,) = study.families({study.arm(run): run for run in fresh[:2]})
     assert (family.kind, family.contrasts) == ("primary", [{"Autoscale": 1, "AdamW": -1}])
+
+
+def test_the_fresh_pairs_have_the_best_learning_rate_of_the_records():
+    planned = PRESETS["cifar100-rates"].experiments
+    committed = records.read(ROOT / "results" / "cifar100-rates")
+    accuracies: Counter[float] = Counter()
+    for run in planned[:16]:
+        accuracies[run.learning_rate] += committed[run.name].records[-1]["test_accuracy"]
+    best = max(accuracies, key=accuracies.__getitem__)
+    assert {run.learning_rate for run in planned[16:-6]} == {best}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
