@@ -313,14 +313,12 @@ def forest(axes: Axes, rows: Table, labels: Sequence[str], margin: float = ACCUR
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvspan(-margin, margin, color="black", alpha=0.07, linewidth=0)
     for place, (_, row) in enumerate(rows.iterrows()):
-        # Without the last digits, which the version of NumPy or SciPy may change.
-        value, low, high = (round(row[key], 6) for key in ("value", "low", "high"))
         ours = row["label"].startswith("Autoscale minus")
         color = COLORS["autoscale" if ours else "none"]
-        seeds = row["by_seed"].round(6)
+        seeds = row["by_seed"].round(6)  # as `differences` rounds
         axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=2.5, alpha=0.4)
-        axes.plot([low, high], [place, place], color=color, linewidth=1.5)
-        axes.plot(value, place, "o", color=color, markersize=5)
+        axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=1.5)
+        axes.plot(row["value"], place, "o", color=color, markersize=5)
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -329,30 +327,31 @@ def forest(axes: Axes, rows: Table, labels: Sequence[str], margin: float = ACCUR
 def draw_verdict(results: Path) -> None:
     """Draws `verdict.png`, if there are records: Autoscale on CIFAR-100, and below it on digits."""
     found = {}
-    for name in ("cifar100", "digits"):
-        study, runs = PRESETS[name], table(PRESETS[name], results / name)
-        rows = differences(study, runs)
+    for name in ("cifar100", "cifar100-rates", "digits"):
+        rows = differences(PRESETS[name], table(PRESETS[name], results / name))
         rows = rows[(rows["repeat"] == "") & rows["low"].notna()]
         rows = rows[rows["label"].str.startswith("Autoscale minus")]
         found[name] = rows[~rows["label"].str.contains("midpoint|Normalization|Centralization")]
-    if not all(map(len, found.values())):
+    plain, tuned, digits = found.values()
+    if plain.empty or digits.empty:
         return
-    ours = (found["cifar100"], found["digits"])
-    with figure_of(results / "verdict", (6.5, 3.6)) as figure:
+    tuned = tuned[tuned["kind"] == "primary"]
+    cifar100 = pd.concat([plain[:1], tuned, plain[1:]])
+    rates = cifar100["group"].str.extract("fresh(.*)", expand=False).fillna("")
+    names = cifar100["label"].str.removeprefix("Autoscale ") + rates
+    ours = (cifar100, digits)
+    with figure_of(results / "verdict", (6.9, 3.9)) as figure:
         above, below = figure.subplots(
             2, 1, sharex=True, gridspec_kw={"height_ratios": [len(rows) + 1 for rows in ours]}
         )
-        names = ours[0]["label"].str.removeprefix("Autoscale ") + [
-            f" ({n} seeds)" for n in ours[0]["n"]
-        ]
-        forest(above, ours[0], list(names))
+        forest(above, cifar100, list(names + [f" ({n} seeds)" for n in cifar100["n"]]))
         paper = PAPER_ACCURACY["resnet20"]
         claimed = paper["autoscale"] - paper["none"]
         above.plot(claimed, 0, "D", color="black", fillstyle="none")
         above.annotate("the paper,\n200 epochs", (claimed + 0.15, 0), va="center", fontsize=7)
         above.set_title("Autoscale on CIFAR-100, ResNet-20, 20 epochs", loc="left")
-        networks = ours[1]["group"].str.partition(" on ")[0]
-        forest(below, ours[1], [f"{name}, minus AdamW" for name in networks])
+        networks = digits["group"].str.partition(" on ")[0]
+        forest(below, digits, [f"{name}, minus AdamW" for name in networks])
         below.set_title("Autoscale on digits, 10 epochs", loc="left")
         below.set_xlabel("points of test accuracy; 95% intervals, dots are seeds")
 

@@ -44,6 +44,7 @@ POWER = 0.8
 RESOLUTION = 1e-9  # a spread below it is rounding: accuracies differ by whole images
 
 TESTED = ("primary", "family")
+INTERVALS = ("value", "low", "high", "inner_low", "inner_high", "welch_low", "welch_high")
 Weights = Mapping[str, float]
 
 
@@ -86,7 +87,8 @@ def differences(study: Study, runs: Table) -> Table:
         return pd.DataFrame()
     by_family = pd.DataFrame(rows).groupby(["repeat", "family"], sort=False)
     corrected = [_corrected(family, study.outcome.margin) for _, family in by_family]
-    return pd.concat(corrected, ignore_index=True)
+    # Without the last digits, which the version of NumPy or SciPy may change.
+    return pd.concat(corrected, ignore_index=True).round(dict.fromkeys(INTERVALS, 6))
 
 
 def arms_of(runs: Table) -> dict[str, Experiment]:

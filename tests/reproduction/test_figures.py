@@ -125,6 +125,11 @@ def test_the_forest_shows_intervals_and_seeds_and_the_paper(tmp_path):
     figures.draw_verdict(tmp_path)
     assert not (tmp_path / "verdict.png").exists()  # one of the two studies has no records
     write(PRESETS["digits"], tmp_path / "digits", digits)
+    rates = PRESETS["cifar100-rates"]
+    fresh = rates._replace(experiments=[it for it in rates.experiments if "fresh" in it.tag])
+    pairs = {("resnet20", "none", "adamw"): [0.5] * 10}
+    pairs["resnet20", "autoscale", "adamw"] = [0.5] * 6 + [0.48, 0.49, 0.49, 0.49]
+    write(fresh, tmp_path / "cifar100-rates", pairs)
     painted = []
     with pytest.MonkeyPatch.context() as patch:
         forest = figures.forest
@@ -132,10 +137,11 @@ def test_the_forest_shows_intervals_and_seeds_and_the_paper(tmp_path):
         figures.draw_verdict(tmp_path)
     (above, first, names), (_, second, _) = painted
     assert names == [
-        *("minus AdamW (6 seeds)", "minus Adam + L2 (4 seeds)"),
+        *("minus AdamW (6 seeds)", "minus AdamW, learning rate 0.008 (4 seeds)"),
+        "minus Adam + L2 (4 seeds)",
         *("minus Adam + L2, penalty x2.1 (4 seeds)", "minus Adam + L2, penalty x4 (4 seeds)"),
     ]
-    assert first["value"].iloc[0] == pytest.approx(0.25)
+    assert first["value"].iloc[:2].tolist() == pytest.approx([0.25, -1.25])
     assert list(second["label"]) == ["Autoscale minus AdamW"] * 2
     (diamond,) = (line for line in above.lines if line.get_marker() == "D")
     assert diamond.get_xydata().tolist() == [[pytest.approx(61.34 - 59.32), 0]]
