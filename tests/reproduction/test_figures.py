@@ -123,7 +123,7 @@ def test_the_forest_shows_intervals_and_seeds_and_the_paper(tmp_path):
     for number, model in enumerate(models):
         digits[model, "autoscale", "adamw"] = PLAIN + number / 100 + PLAIN[::-1] / 10
     figures.draw_verdict(tmp_path)
-    assert not (tmp_path / "verdict.png").exists()  # one of the two studies has no records
+    assert not (tmp_path / "verdict.png").exists()  # digits has no records
     write(PRESETS["digits"], tmp_path / "digits", digits)
     rates = PRESETS["cifar100-rates"]
     fresh = rates._replace(experiments=[it for it in rates.experiments if "fresh" in it.tag])
