@@ -35,6 +35,13 @@ def test_code_runs(path):
     run(path)
 
 
+@pytest.mark.usefixtures("compile_faster")
+def test_the_readme_says_what_the_meter_measures():
+    state = run(ROOT / "README.md")["state"]
+    ratio, cosine = (optax.tree.get(state, it) for it in ("norm_ratio", "cosine"))
+    assert f'{ratio:.2f}; the "cosine" is {cosine:.2f}' in (ROOT / "README.md").read_text()
+
+
 def anchors(path: Path) -> set[str]:
     """The addresses of a page's titles, as GitHub and the site make them."""
     parsed = tokens(path)
